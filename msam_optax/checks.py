@@ -1,0 +1,100 @@
+"""Checks of trees: what is wrong, where, and what to write instead."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax.masks import at_path
+
+
+def check_params(params: Any, mask: Any) -> None:
+  """Raises unless the leaves to be moved are real floating-point arrays.
+
+  Args:
+    params: the parameters.
+    mask: the leaves to be moved, a tree of bools like ``params``.
+
+  Raises:
+    ValueError: if leaves are missing, hidden by ``optax.masked`` or the like.
+    TypeError: if a leaf is integer, boolean or complex.
+  """
+  moved = jax.tree.leaves(mask)
+  for (path, leaf), move in zip(
+    jax.tree_util.tree_leaves_with_path(params), moved, strict=True
+  ):
+    dtype = jnp.result_type(leaf)
+    if not move or jnp.issubdtype(dtype, jnp.floating):
+      continue
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+      advice = (
+        'Keep the real and the imaginary part as two real leaves: with complex'
+        ' ones it would hang on a convention (JAX gradients are conjugates)'
+        ' whether the probe goes uphill.'
+      )
+    else:
+      advice = (
+        'Leave it out: `mask=lambda params: jax.tree.map(lambda p:'
+        ' jnp.issubdtype(p.dtype, jnp.floating), params)`.'
+      )
+    raise TypeError(
+      'Only real floating-point parameters can be perturbed, but the leaf'
+      f' {at_path(path)} has dtype {dtype}. {advice}'
+    )
+
+
+def check_unmasked(params: Any) -> None:
+  """Raises if ``optax.masked`` or ``optax.partition`` has taken leaves away."""
+  nodes = jax.tree_util.tree_leaves_with_path(
+    params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+  )
+  for path, node in nodes:
+    if isinstance(node, optax.MaskedNode):
+      raise ValueError(
+        'A two-pass method needs all parameters, since it evaluates the loss'
+        f' at perturbed ones, but the leaf {at_path(path)} is masked out: the'
+        ' method stands inside optax.masked, optax.partition or the like. Put'
+        ' it before them in the chain, with its own mask, as in'
+        ' `optax.chain(msam(mask=mask), optax.masked(optax.adam(1e-3), mask))`,'
+        ' or take gradients with `msam_optax.value_and_grad`, which works'
+        ' under every wrapper.'
+      )
+
+
+def check_like(tree: Any, reference: Any, *, what: str, dtypes: bool) -> None:
+  """Raises unless a tree has a reference's structure, shapes and (if asked) dtypes.
+
+  Args:
+    tree: the tree to check.
+    reference: the tree that it must be like.
+    what: a sentence's beginning, ``"<name of tree> must ... <of reference>"``.
+    dtypes: whether dtypes must agree, too.
+
+  Raises:
+    ValueError: if structure or shapes differ; names the first path that does.
+    TypeError: if dtypes do.
+  """
+  got = dict(jax.tree_util.tree_leaves_with_path(tree))
+  want = dict(jax.tree_util.tree_leaves_with_path(reference))
+  for path, leaf in got.items():
+    if path not in want:
+      raise ValueError(f'{what}, but has one leaf too many {at_path(path)}.')
+    if jnp.shape(leaf) != jnp.shape(want[path]):
+      raise ValueError(
+        f'{what}, but {at_path(path)} its shape is {jnp.shape(leaf)}, not'
+        f' {jnp.shape(want[path])}.'
+      )
+    dtype, expected = jnp.result_type(leaf), jnp.result_type(want[path])
+    if dtypes and dtype != expected:
+      raise TypeError(
+        f'{what}, but {at_path(path)} its dtype is {dtype}, not {expected}.'
+      )
+  for path in want:
+    if path not in got:
+      raise ValueError(f'{what}, but has no leaf {at_path(path)}.')
+  if jax.tree.structure(tree) != jax.tree.structure(reference):
+    raise ValueError(
+      f'{what}, but it is a {jax.tree.structure(tree)}, not a'
+      f' {jax.tree.structure(reference)}.'
+    )

@@ -1,0 +1,114 @@
+"""The probe: the parameters, moved uphill by the radius."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from msam_optax.checks import check_params
+from msam_optax.masks import resolve_mask
+from msam_optax.metrics import Ascent
+from msam_optax.metrics import Metric
+from msam_optax.numerics import largest_magnitude
+from msam_optax.numerics import wide_dtype
+from msam_optax.numerics import widen
+
+
+def perturb(
+  params: Any, ascent: Ascent, rho: float | jax.Array, *, mask: Any = None
+) -> Any:
+  """The probe ``w + ρ · direction`` on the leaves that the mask admits.
+
+  The sum is taken in float32 or wider and rounded once, to the parameters' dtype.
+  The parameters themselves are not touched: to go back, go on with them, and
+  never subtract the perturbation again.
+
+  Args:
+    params: pytree of arrays; the leaves to be moved are real floating point.
+    ascent: the direction, a pytree like ``params``, and slope under some metric.
+    rho: ``ρ``, scalar, the length of the perturbation under that metric.
+    mask: which leaves are moved, a tree of bools like ``params`` (or a prefix) or
+      a function from params to one; by default all.
+
+  Returns:
+    A pytree with the structure, shapes and dtypes of ``params``.
+
+  Raises:
+    TypeError: if a leaf to be moved is integer or complex.
+    ValueError: if the mask does not fit ``params``.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import euclidean, perturb
+    >>> metric, w = euclidean(), jnp.array([1.0, 1.0])
+    >>> ascent, _ = metric.ascend(jnp.array([3.0, -4.0]), metric.init(w), w)
+    >>> print(perturb(w, ascent, rho=0.5))
+    [1.3 0.6]
+  """
+  mask = resolve_mask(mask, params)
+  check_params(params, mask)
+
+  def move(moved, w, direction):
+    if not moved:
+      return w
+    step = widen(rho, like=w) * widen(direction, like=w)
+    return (widen(w) + step).astype(jnp.result_type(w))
+
+  return jax.tree.map(move, mask, params, ascent.direction)
+
+
+def ascend(
+  metric: Metric, grads: Any, state: Any, params: Any, *, mask: Any = None
+) -> tuple[Ascent, Any]:
+  """The metric's ascent over the admitted leaves: the others are not in its norm."""
+
+  def admit(admitted, g):
+    if admitted:
+      return g
+    dtype = jnp.result_type(g)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.zeros(jnp.shape(g), dtype if floating else jnp.float32)
+
+  mask = resolve_mask(mask, params)
+  return metric.ascend(jax.tree.map(admit, mask, grads), state, params)
+
+
+def distance(probe: Any, params: Any, *, mask: Any = None) -> jax.Array:
+  """``‖probe − w‖₂``, so with what rounding to the params' dtype has left of it."""
+  mask = jax.tree.leaves(resolve_mask(mask, params))
+  pairs = zip(mask, jax.tree.leaves(probe), jax.tree.leaves(params), strict=True)
+  dtype = wide_dtype(params)
+  squares = [
+    jnp.sum(jnp.square(widen(p, like=w) - widen(w))).astype(dtype)
+    for moved, p, w in pairs
+    if moved
+  ]
+  return jnp.sqrt(sum(squares, jnp.zeros([], dtype)))
+
+
+def settle(probe_grads: Any, grads: Any, *, axis_name: Any = None) -> Any:
+  """The gradient at the probe, fit to be applied.
+
+  Where a leaf of the clean gradient is not finite, neither is the result, whatever
+  the gradient at the probe: what follows in the chain must be able to see it.
+
+  Args:
+    probe_grads: gradient at the probe, a pytree like ``grads``.
+    grads: the clean gradient.
+    axis_name: mapped axis over which to average, or None.
+
+  Returns:
+    A pytree with the structure, shapes and dtypes of ``grads``.
+  """
+
+  def settle_leaf(g_probe, g):
+    dtype = jnp.result_type(g)
+    if not jnp.issubdtype(dtype, jnp.floating):
+      return g_probe
+    largest = largest_magnitude(g)
+    g_probe = jnp.where(
+      jnp.isfinite(largest), g_probe.astype(dtype), largest.astype(dtype)
+    )
+    return g_probe if axis_name is None else jax.lax.pmean(g_probe, axis_name)
+
+  return jax.tree.map(settle_leaf, probe_grads, grads)

@@ -1,0 +1,330 @@
+"""The two-pass method as an Optax transformation."""
+
+import difflib
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax.checks import check_like
+from msam_optax.checks import check_params
+from msam_optax.checks import check_unmasked
+from msam_optax.hyperparameters import check_hyperparameter
+from msam_optax.hyperparameters import Hyperparameter
+from msam_optax.hyperparameters import value_at
+from msam_optax.masks import resolve_mask
+from msam_optax.metrics import check_metric
+from msam_optax.metrics import Metric
+from msam_optax.numerics import wide_dtype
+from msam_optax.perturbation import ascend
+from msam_optax.perturbation import distance
+from msam_optax.perturbation import perturb
+from msam_optax.perturbation import settle
+
+
+class SharpnessAwareState(NamedTuple):
+  """State of :func:`sharpness_aware`; all but ``metric_state`` are scalars.
+
+  Read it with ``optax.tree.get(opt_state, 'slope')``. The floats are float32, or
+  float64 if a parameter is; zero before the first step, and where not recorded.
+
+  Attributes:
+    count: int32, the steps so far: calls of ``update``.
+    slope: the metric's slope ``√(gᵀG⁻¹g)``, so ``ρ · slope`` is the predicted rise.
+    radius: ``‖δ‖₂`` as really used, after mask, schedule and rounding: zero in
+      bfloat16 says that the perturbation was lost.
+    probe_value: ``ℓ(w+δ)``; recorded if ``value_and_grad_fn`` is given.
+    rise: ``ℓ(w+δ) − ℓ(w)``; recorded if ``value_and_grad_fn`` and ``value`` are.
+    metric_state: the metric's own state.
+  """
+
+  count: Any
+  slope: jax.Array
+  radius: jax.Array
+  probe_value: jax.Array
+  rise: jax.Array
+  metric_state: Any
+
+
+def sharpness_aware(
+  metric: Metric,
+  rho: Hyperparameter,
+  *,
+  mask: Any = None,
+  axis_name: Any = None,
+  sync_ascent: bool = False,
+  perturbation_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Replaces the gradient by the gradient at the worst point nearby.
+
+  ``update`` takes the gradient ``g`` at the parameters ``w``, goes uphill to the
+  probe ``w + δ``, ``δ = ρ G⁻¹g/√(gᵀG⁻¹g)``, and returns the gradient there, to be
+  chained with any optimizer::
+
+    tx = optax.chain(sharpness_aware(monge(), rho=0.05), optax.adam(1e-3))
+    grad_fn = lambda params: jax.grad(loss)(params, batch)
+    updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+
+  ``update`` needs ``params`` and one of the keyword arguments ``grad_fn(params) ->
+  grads`` and ``value_and_grad_fn(params) -> (value, grads)``; the latter also
+  records the loss at the probe and, if ``value=`` (the loss at ``w``) is given,
+  its rise. Other extra arguments are left to others in the chain.
+
+  Where the gradient is zero there is no perturbation, and the plain gradient goes
+  through. Where it is not finite there is none either, and the result is not finite
+  in the same leaves, so that ``optax.apply_if_finite`` sees it.
+
+  Args:
+    metric: what uphill means, e.g. ``monge()`` or ``euclidean()``.
+    rho: ``ρ``, the radius, scalar >= 0: a number, an array, or an Optax schedule,
+      counted in calls of ``update``.
+    mask: which leaves are moved and are part of the norm, in Optax's convention: a
+      tree of bools like the params (or a prefix of it), or a function from params
+      to one. By default all; they must be real floating point.
+    axis_name: the mapped axis (of ``pmap`` and the like) over which the gradient at
+      the probe is averaged, and so are the scalars in the state.
+    sync_ascent: whether to average the gradient for the ascent over ``axis_name``,
+      too. By default each replica goes uphill on its own (m-sharpness).
+    perturbation_dtype: floating dtype in which ascent and probe are computed and
+      ``grad_fn`` is called, by default that of the params. bfloat16 parameters
+      round small perturbations away: take ``jnp.float32`` and let the model cast.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs` whose updates have exactly the
+    structure, shapes and dtypes of the incoming gradients.
+
+  Raises:
+    TypeError: if ``rho`` is no hyperparameter, ``perturbation_dtype`` not floating.
+    ValueError: if ``rho`` is negative or not finite, or ``sync_ascent`` lacks its
+      ``axis_name``. ``init`` and ``update`` name what is wrong with their arguments.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from msam_optax import euclidean, sharpness_aware
+    >>> loss = lambda w: jnp.sum(w**2)
+    >>> tx = optax.chain(sharpness_aware(euclidean(), rho=0.5), optax.sgd(0.1))
+    >>> w = jnp.array([0.6, 0.8])
+    >>> updates, state = tx.update(
+    ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+    >>> print(updates, f"{optax.tree.get(state, 'slope'):.4f}")
+    [-0.18 -0.24] 2.0000
+
+  References:
+    Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+    Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+  """
+  check_metric('metric', metric)
+  check_hyperparameter('rho', rho)
+  if sync_ascent and axis_name is None:
+    raise ValueError(
+      '`sync_ascent=True` averages the ascent gradient over a mapped axis: name'
+      ' it, as in `axis_name="batch"`.'
+    )
+  if perturbation_dtype is not None and not jnp.issubdtype(
+    perturbation_dtype, jnp.floating
+  ):
+    raise TypeError(
+      f'`perturbation_dtype` must be a floating-point dtype, got {perturbation_dtype}.'
+    )
+
+  def average(tree):
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+  def init(params):
+    check_unmasked(params)
+    # optax.tree.map_params calls with a stand-in without leaves.
+    if jax.tree.leaves(params):
+      check_params(params, resolve_mask(mask, params))
+    # Four arrays, not four times one: a donated buffer may be given only once.
+    zeros = [jnp.zeros([], wide_dtype(params)) for _ in range(4)]
+    return SharpnessAwareState(
+      jnp.zeros([], jnp.int32), *zeros, metric_state=metric.init(params)
+    )
+
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    grad_fn=None,
+    value_and_grad_fn=None,
+    value=None,
+    **extra_args,
+  ):
+    evaluate = _evaluation(grad_fn, value_and_grad_fn, extra_args)
+    _check_inputs(updates, params)
+    admitted = resolve_mask(mask, params)
+    w = _cast(params, perturbation_dtype, admitted)
+    g = _cast(updates, perturbation_dtype, admitted)
+    ascent, metric_state = ascend(
+      metric,
+      average(g) if sync_ascent else g,
+      state.metric_state,
+      w,
+      mask=admitted,
+    )
+    probe = perturb(w, ascent, value_at(rho, state.count), mask=admitted)
+    probe_value, probe_grads = evaluate(probe)
+    _check_probe_grads(probe_grads, g, dtypes=perturbation_dtype is None)
+    scalars = {
+      'slope': ascent.slope,
+      'radius': distance(probe, w, mask=admitted),
+      'probe_value': probe_value,
+      'rise': _rise(value, probe_value),
+    }
+    new_state = SharpnessAwareState(
+      count=optax.safe_increment(state.count),
+      metric_state=metric_state,
+      **{
+        name: _record(average(new), like=getattr(state, name))
+        for name, new in scalars.items()
+      },
+    )
+    return average(settle(probe_grads, updates)), new_state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def normalize_by(metric: Metric) -> optax.GradientTransformation:
+  """The ascent direction ``G⁻¹g/√(gᵀG⁻¹g)`` as a plain transformation.
+
+  It makes every metric an adversary for Optax's own SAM wrapper. This is Monge
+  SAM::
+
+    optax.contrib.sam(
+        optimizer, optax.chain(normalize_by(monge()), optax.sgd(rho)),
+        opaque_mode=True)
+
+  Args:
+    metric: the metric ``G``.
+
+  Returns:
+    An :class:`optax.GradientTransformation` whose state is the metric's.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import monge, normalize_by
+    >>> tx, g = normalize_by(monge(alpha=1.0)), jnp.array([0.0, 0.75])
+    >>> print(tx.update(g, tx.init(g), g)[0])
+    [0.  0.8]
+  """
+  check_metric('metric', metric)
+
+  def init(params):
+    return metric.init(params)
+
+  def update(updates, state, params=None):
+    ascent, state = metric.ascend(updates, state, params)
+    return ascent.direction, state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _evaluation(grad_fn, value_and_grad_fn, extra_args):
+  """The function ``probe -> (value or None, grads)`` that the user has given."""
+  if grad_fn is not None and value_and_grad_fn is not None:
+    raise ValueError(
+      'Both `grad_fn` and `value_and_grad_fn` are given: give only the latter,'
+      ' which returns the gradient, too.'
+    )
+  if value_and_grad_fn is not None:
+    return functools.partial(_value_and_grads, value_and_grad_fn)
+  if grad_fn is not None:
+    return lambda probe: (None, grad_fn(probe))
+  similar = [
+    name
+    for name in extra_args
+    if difflib.get_close_matches(name, ['grad_fn', 'value_and_grad_fn'])
+  ]
+  misspelt = f' It was given {similar}: a misspelling?' if similar else ''
+  raise ValueError(
+    'A sharpness-aware transformation takes the gradient a second time, at'
+    ' perturbed parameters, and needs a function for it: `tx.update(grads,'
+    ' state, params, grad_fn=grad_fn)`, where `grad_fn = lambda params:'
+    f' jax.grad(loss)(params, batch)`.{misspelt} Where nothing can be passed'
+    ' (or a wrapper does not pass it on), take gradients with'
+    ' `msam_optax.value_and_grad` and leave this transformation out.'
+  )
+
+
+def _value_and_grads(value_and_grad_fn, probe):
+  result = value_and_grad_fn(probe)
+  if not (isinstance(result, tuple) and len(result) == 2):
+    raise ValueError(
+      '`value_and_grad_fn` must return `(value, grads)`, as what'
+      f' `jax.value_and_grad` makes does, not a {type(result).__name__}.'
+    )
+  value, _ = result
+  if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value):
+    raise ValueError(
+      'The value that `value_and_grad_fn` returns must be a scalar, not a'
+      f' {jax.tree.map(jnp.shape, value)}. With `has_aux=True` drop the'
+      ' auxiliary output: `lambda params: (f(params)[0][0], f(params)[1])`.'
+    )
+  return result
+
+
+def _check_inputs(grads, params):
+  if params is None:
+    raise ValueError(
+      'A sharpness-aware transformation perturbs the parameters and needs them:'
+      ' `tx.update(grads, state, params, grad_fn=grad_fn)`.'
+    )
+  check_unmasked(params)
+  check_like(grads, params, what='The gradients must be like the params', dtypes=False)
+
+
+def _check_probe_grads(probe_grads, grads, *, dtypes):
+  check_like(
+    probe_grads,
+    grads,
+    what=_hint(probe_grads, grads)
+    + 'What `grad_fn` returns must be like the gradients given to `update`',
+    dtypes=dtypes,
+  )
+
+
+def _hint(result, grads):
+  """What a pair in place of gradients seems to be, and how to pass it."""
+  structure = jax.tree.structure
+  if structure(result) == structure(grads):
+    return ''
+  if isinstance(result, tuple) and len(result) == 2:
+    if structure(result[1]) == structure(grads):
+      return (
+        '`grad_fn` seems to return `(value, grads)`: pass it as'
+        ' `value_and_grad_fn` instead. '
+      )
+    if structure(result[0]) == structure(grads):
+      return (
+        '`grad_fn` seems to return `(grads, aux)`: pass `lambda params:'
+        ' grad_fn(params)[0]` instead. '
+      )
+  return ''
+
+
+def _cast(tree, dtype, admitted):
+  if dtype is None:
+    return tree
+  return jax.tree.map(
+    lambda cast, x: jnp.asarray(x, dtype) if cast else x, admitted, tree
+  )
+
+
+def _rise(value, probe_value):
+  if value is None or probe_value is None:
+    return None
+  if jnp.shape(value):
+    raise ValueError(
+      '`value`, the loss at the params, must be a scalar, got shape'
+      f' {jnp.shape(value)}.'
+    )
+  return probe_value - value
+
+
+def _record(new, *, like):
+  """``new`` as an array of the type that the state has; zero for None."""
+  return jnp.zeros_like(like) if new is None else jnp.asarray(new, like.dtype)

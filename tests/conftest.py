@@ -1,0 +1,28 @@
+"""The setting of every test: eight devices, and no silent promotion.
+
+Promotion of dtypes and ranks hides most mistakes that give a wrong number without
+an error, so both raise here.
+"""
+
+import jax
+import pytest
+
+jax.config.update('jax_num_cpu_devices', 8)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+  """Dtypes and ranks are promoted only where the code says so."""
+  jax.config.update('jax_numpy_dtype_promotion', 'strict')
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
+  yield
+  jax.config.update('jax_numpy_dtype_promotion', 'standard')
+  jax.config.update('jax_numpy_rank_promotion', 'allow')
+
+
+@pytest.fixture
+def x64():
+  """Double precision, for comparisons with a dense solve or a closed form."""
+  jax.config.update('jax_enable_x64', True)
+  yield
+  jax.config.update('jax_enable_x64', False)
