@@ -93,7 +93,7 @@ def value_and_grad(
   def value_and_grad_fn(*args, **kwargs):
     value, grads = clean(*args, **kwargs)
     params = _select(args, argnums)
-    _check_stateless(metric, params)
+    check_stateless(metric, params)
 
     def grad_fn(probe):
       result = at_probe(*_replace(args, argnums, probe), **kwargs)
@@ -122,7 +122,7 @@ def _replace(args, argnums, params):
   return new
 
 
-def _check_stateless(metric, params):
+def check_stateless(metric, params):
   if jax.tree.leaves(metric.init(params)):
     raise ValueError(
       'This metric keeps a state from step to step (a schedule for `alpha`, for'

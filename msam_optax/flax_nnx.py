@@ -1,0 +1,159 @@
+"""Flax NNX: gradients of models, at the probe, that leave the model as it is."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+
+from msam_optax.gradients import check_stateless
+from msam_optax.metrics import Metric
+from msam_optax.metrics import monge
+from msam_optax.transformation import sharpness_aware
+
+
+def value_and_grad(
+  loss_fn: Callable[..., Any],
+  metric: Metric = monge(),
+  rho: float | jax.Array = 0.05,
+  *,
+  argnums: int | nnx.DiffState = 0,
+  has_aux: bool = False,
+  mask: Any = None,
+  axis_name: Any = None,
+  sync_ascent: bool = False,
+  perturbation_dtype: Any = None,
+) -> Callable[..., tuple[Any, Any]]:
+  """Takes the place of ``nnx.value_and_grad``: the gradient is sharpness-aware.
+
+  The value, the auxiliary output and whatever the pass does to the model and the
+  other arguments (BatchNorm statistics, random counters, metrics) are those of the
+  clean pass, once. The gradient is the one at the probe, which a copy takes from the
+  same start: with the same dropout masks, and without a trace in the model.
+
+  Args:
+    loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
+    metric: what uphill means; one without state, e.g. ``monge(alpha=1.0)``.
+    rho: ``ρ``, the radius, scalar >= 0, a number or an array.
+    argnums: the position of the model, or ``nnx.DiffState(position, filter)`` where
+      only some variables are trained, e.g. ``nnx.DiffState(0, nnx.LoRAParam)``.
+    has_aux: whether ``loss_fn`` returns ``(scalar, aux)``.
+    mask: which leaves of the model's state are moved, see :func:`sharpness_aware`.
+    axis_name: the mapped axis over which the gradient at the probe is averaged.
+    sync_ascent: whether to average the gradient for the ascent, too.
+    perturbation_dtype: floating dtype of the probe, by default that of the params.
+
+  Returns:
+    A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
+    ``((value, aux), grads)``, as ``nnx.value_and_grad`` does.
+
+  Raises:
+    TypeError: if ``metric`` is no metric, or a parameter not real floating point.
+    ValueError: if ``rho`` is a schedule, negative or not finite, if the metric has a
+      state, or the mask does not fit.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp, optax
+    >>> from msam_optax import flax_nnx, monge
+    >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    >>> def loss_fn(model, x, y):
+    ...   return jnp.mean((model(x) - y) ** 2)
+    >>> @nnx.jit
+    ... def train_step(model, optimizer, x, y):
+    ...   loss, grads = flax_nnx.value_and_grad(loss_fn, monge(), rho=0.05)(model, x, y)
+    ...   optimizer.update(model, grads)
+    ...   return loss
+    >>> loss = train_step(model, optimizer, jnp.ones((4, 2)), jnp.ones((4, 1)))
+
+  References:
+    Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+    Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+  """
+  tx = sharpness_aware(
+    metric,
+    rho,
+    mask=mask,
+    axis_name=axis_name,
+    sync_ascent=sync_ascent,
+    perturbation_dtype=perturbation_dtype,
+  )
+  clean = nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
+
+  @functools.wraps(loss_fn)
+  def value_and_grad_fn(*args, **kwargs):
+    # The clean pass changes variables (statistics, counters): copy them before.
+    start = nnx.clone(args)
+    at_probe = grad_fn(loss_fn, *start, argnums=argnums, has_aux=has_aux, **kwargs)
+    params = nnx.state(start[_position(argnums)], _trained(argnums))
+    check_stateless(metric, params)
+    value, grads = clean(*args, **kwargs)
+    grads, _ = tx.update(grads, tx.init(params), params, grad_fn=at_probe)
+    return value, grads
+
+  return value_and_grad_fn
+
+
+def grad_fn(
+  loss_fn: Callable[..., Any],
+  *args: Any,
+  argnums: int | nnx.DiffState = 0,
+  has_aux: bool = False,
+  **kwargs: Any,
+) -> Callable[[Any], Any]:
+  """The ``grad_fn`` of an NNX model, for a sharpness-aware transformation.
+
+  Make it *before* the clean pass: it takes a copy of the model as it is, random
+  counters and all, so that both passes drop out the same units, and leaves the
+  model untouched.
+
+  Args:
+    loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
+    *args: the model, and what else ``loss_fn`` takes.
+    argnums: the position of the model, or ``nnx.DiffState(position, filter)``.
+    has_aux: whether ``loss_fn`` returns ``(scalar, aux)``.
+    **kwargs: keyword arguments of ``loss_fn``.
+
+  Returns:
+    A function from the model's parameters (a state, as ``nnx.state`` gives and an
+    ``nnx.Optimizer`` has) to gradients of the same structure.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp, optax
+    >>> from msam_optax import flax_nnx, msam
+    >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    >>> tx = optax.chain(msam(rho=0.05), optax.adam(1e-3))
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> def loss_fn(model, x, y):
+    ...   return jnp.mean((model(x) - y) ** 2)
+    >>> @nnx.jit
+    ... def train_step(model, optimizer, x, y):
+    ...   grad_fn = flax_nnx.grad_fn(loss_fn, model, x, y)
+    ...   loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)
+    ...   optimizer.update(model, grads, grad_fn=grad_fn)
+    ...   return loss
+    >>> loss = train_step(model, optimizer, jnp.ones((4, 2)), jnp.ones((4, 1)))
+  """
+  take = nnx.grad(loss_fn, argnums=argnums, has_aux=has_aux)
+  start = nnx.clone((args, kwargs))
+
+  def grad_at(params):
+    new_args, new_kwargs = nnx.clone(start)
+    nnx.update(new_args[_position(argnums)], params)
+    result = take(*new_args, **new_kwargs)
+    grads = result[0] if has_aux else result
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+
+  return grad_at
+
+
+def _position(argnums):
+  return argnums.argnum if isinstance(argnums, nnx.DiffState) else argnums
+
+
+def _trained(argnums):
+  """Which variables gradients are taken of."""
+  return argnums.filter if isinstance(argnums, nnx.DiffState) else nnx.Param
