@@ -22,7 +22,6 @@ import optax
 
 from msam_optax.hyperparameters import check_hyperparameter
 from msam_optax.hyperparameters import Hyperparameter
-from msam_optax.hyperparameters import value_at
 from msam_optax.masks import resolve_mask
 from msam_optax.numerics import tree_norm
 from msam_optax.numerics import widen
@@ -56,10 +55,10 @@ class Metric(NamedTuple):
 
 
 class MongeState(NamedTuple):
-  """State of :func:`monge`.
+  """State of :func:`monge` where ``alpha`` is a schedule.
 
   Attributes:
-    count: int32 scalar, the steps so far, if ``alpha`` is a schedule; else None.
+    count: int32 scalar, the steps so far.
     base: the base metric's state.
   """
 
@@ -231,8 +230,8 @@ def monge(alpha: Hyperparameter = 1.0, base: Metric = euclidean()) -> Metric:
     base: the metric ``B``.
 
   Returns:
-    A :class:`Metric`, without state if ``alpha`` is no schedule and the base has
-    none.
+    A :class:`Metric` with the base's state; in a :class:`MongeState` if ``alpha`` is
+    a schedule.
 
   Raises:
     ValueError: if ``alpha`` is negative or not finite.
@@ -257,14 +256,18 @@ def monge(alpha: Hyperparameter = 1.0, base: Metric = euclidean()) -> Metric:
   check_metric('base', base)
 
   def init(params):
-    count = jnp.zeros([], jnp.int32) if callable(alpha) else None
-    return MongeState(count, base.init(params))
+    base_state = base.init(params)
+    if callable(alpha):
+      return MongeState(jnp.zeros([], jnp.int32), base_state)
+    return base_state
 
   def ascend(grads, state, params):
+    if not callable(alpha):
+      ascent, state = base.ascend(grads, state, params)
+      return _add_gradient_outer_product(ascent, alpha), state
     ascent, base_state = base.ascend(grads, state.base, params)
-    ascent = _add_gradient_outer_product(ascent, value_at(alpha, state.count))
-    count = None if state.count is None else optax.safe_increment(state.count)
-    return ascent, MongeState(count, base_state)
+    ascent = _add_gradient_outer_product(ascent, alpha(state.count))
+    return ascent, MongeState(optax.safe_increment(state.count), base_state)
 
   return Metric(init, ascend)
 

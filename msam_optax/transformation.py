@@ -1,7 +1,5 @@
 """The two-pass method as an Optax transformation."""
 
-import difflib
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -12,6 +10,7 @@ import optax
 from msam_optax.checks import check_like
 from msam_optax.checks import check_params
 from msam_optax.checks import check_unmasked
+from msam_optax.evaluation import evaluation
 from msam_optax.hyperparameters import check_hyperparameter
 from msam_optax.hyperparameters import Hyperparameter
 from msam_optax.hyperparameters import value_at
@@ -154,7 +153,7 @@ def sharpness_aware(
     value=None,
     **extra_args,
   ):
-    evaluate = _evaluation(grad_fn, value_and_grad_fn, extra_args)
+    evaluate = evaluation(grad_fn, value_and_grad_fn, extra_args)
     _check_inputs(updates, params)
     admitted = resolve_mask(mask, params)
     w = _cast(params, perturbation_dtype, admitted)
@@ -167,8 +166,7 @@ def sharpness_aware(
       mask=admitted,
     )
     probe = perturb(w, ascent, value_at(rho, state.count), mask=admitted)
-    probe_value, probe_grads = evaluate(probe)
-    _check_probe_grads(probe_grads, g, dtypes=perturbation_dtype is None)
+    probe_value, probe_grads = evaluate(probe, g, perturbation_dtype is None)
     scalars = {
       'slope': ascent.slope,
       'radius': distance(probe, w, mask=admitted),
@@ -223,50 +221,6 @@ def normalize_by(metric: Metric) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def _evaluation(grad_fn, value_and_grad_fn, extra_args):
-  """The function ``probe -> (value or None, grads)`` that the user has given."""
-  if grad_fn is not None and value_and_grad_fn is not None:
-    raise ValueError(
-      'Both `grad_fn` and `value_and_grad_fn` are given: give only the latter,'
-      ' which returns the gradient, too.'
-    )
-  if value_and_grad_fn is not None:
-    return functools.partial(_value_and_grads, value_and_grad_fn)
-  if grad_fn is not None:
-    return lambda probe: (None, grad_fn(probe))
-  similar = [
-    name
-    for name in extra_args
-    if difflib.get_close_matches(name, ['grad_fn', 'value_and_grad_fn'])
-  ]
-  misspelt = f' It was given {similar}: a misspelling?' if similar else ''
-  raise ValueError(
-    'A sharpness-aware transformation takes the gradient a second time, at'
-    ' perturbed parameters, and needs a function for it: `tx.update(grads,'
-    ' state, params, grad_fn=grad_fn)`, where `grad_fn = lambda params:'
-    f' jax.grad(loss)(params, batch)`.{misspelt} Where nothing can be passed'
-    ' (or a wrapper does not pass it on), take gradients with'
-    ' `msam_optax.value_and_grad` and leave this transformation out.'
-  )
-
-
-def _value_and_grads(value_and_grad_fn, probe):
-  result = value_and_grad_fn(probe)
-  if not (isinstance(result, tuple) and len(result) == 2):
-    raise ValueError(
-      '`value_and_grad_fn` must return `(value, grads)`, as what'
-      f' `jax.value_and_grad` makes does, not a {type(result).__name__}.'
-    )
-  value, _ = result
-  if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value):
-    raise ValueError(
-      'The value that `value_and_grad_fn` returns must be a scalar, not a'
-      f' {jax.tree.map(jnp.shape, value)}. With `has_aux=True` drop the'
-      ' auxiliary output: `lambda params: (f(params)[0][0], f(params)[1])`.'
-    )
-  return result
-
-
 def _check_inputs(grads, params):
   if params is None:
     raise ValueError(
@@ -275,35 +229,6 @@ def _check_inputs(grads, params):
     )
   check_unmasked(params)
   check_like(grads, params, what='The gradients must be like the params', dtypes=False)
-
-
-def _check_probe_grads(probe_grads, grads, *, dtypes):
-  check_like(
-    probe_grads,
-    grads,
-    what=_hint(probe_grads, grads)
-    + 'What `grad_fn` returns must be like the gradients given to `update`',
-    dtypes=dtypes,
-  )
-
-
-def _hint(result, grads):
-  """What a pair in place of gradients seems to be, and how to pass it."""
-  structure = jax.tree.structure
-  if structure(result) == structure(grads):
-    return ''
-  if isinstance(result, tuple) and len(result) == 2:
-    if structure(result[1]) == structure(grads):
-      return (
-        '`grad_fn` seems to return `(value, grads)`: pass it as'
-        ' `value_and_grad_fn` instead. '
-      )
-    if structure(result[0]) == structure(grads):
-      return (
-        '`grad_fn` seems to return `(grads, aux)`: pass `lambda params:'
-        ' grad_fn(params)[0]` instead. '
-      )
-  return ''
 
 
 def _cast(tree, dtype, admitted):

@@ -1,0 +1,117 @@
+"""The user's gradient function: found, called, and its result checked."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import difflib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from msam_optax.checks import check_like
+
+
+def evaluation(
+  grad_fn: Callable[..., Any] | None,
+  value_and_grad_fn: Callable[..., Any] | None,
+  extra_args: Mapping[str, Any],
+) -> Callable[..., tuple[Any, Any]]:
+  """The function that the user has given to ``update``, in one form.
+
+  Args:
+    grad_fn: ``params -> grads``, or None.
+    value_and_grad_fn: ``params -> (value, grads)``, or None.
+    extra_args: the other extra arguments, among which may be a misspelt one.
+
+  Returns:
+    ``(probe, like, dtypes) -> (value or None, grads)``, which raises unless the
+    result has the structure, shapes and (if asked) dtypes of ``like``.
+
+  Raises:
+    ValueError: if not exactly one of the two functions is given.
+  """
+  if grad_fn is None and value_and_grad_fn is None:
+    raise ValueError(_missing(extra_args))
+  if grad_fn is not None and value_and_grad_fn is not None:
+    raise ValueError(
+      'Both `grad_fn` and `value_and_grad_fn` are given: give only the latter,'
+      ' which returns the gradient, too.'
+    )
+
+  def evaluate(probe, like, dtypes):
+    if value_and_grad_fn is not None:
+      value, grads = _pair(_call(value_and_grad_fn, probe))
+      what = 'The gradient that `value_and_grad_fn` returns'
+    else:
+      value, grads = None, _call(grad_fn, probe)
+      what = _hint(grads, like) + 'What `grad_fn` returns'
+    what += ' must be like the gradients given to `update`'
+    check_like(grads, like, what=what, dtypes=dtypes)
+    return value, grads
+
+  return evaluate
+
+
+def _missing(extra_args):
+  similar = [
+    name
+    for name in extra_args
+    if difflib.get_close_matches(name, ['grad_fn', 'value_and_grad_fn'])
+  ]
+  misspelt = f' It was given {similar}: a misspelling?' if similar else ''
+  return (
+    'A sharpness-aware transformation takes the gradient a second time, at'
+    ' perturbed parameters, and needs a function for it: `tx.update(grads,'
+    ' state, params, grad_fn=grad_fn)`, where `grad_fn = lambda params:'
+    f' jax.grad(loss)(params, batch)`.{misspelt} Where nothing can be passed, or a'
+    ' wrapper does not pass it on (optax.MultiSteps inside a chain, optax.lookahead),'
+    ' take gradients with `msam_optax.value_and_grad` and leave this one out.'
+  )
+
+
+def _call(function, probe):
+  try:
+    return function(probe)
+  except Exception as error:
+    if isinstance(probe, jax.Array) and jnp.ndim(probe) == 1:
+      error.add_note(
+        'The gradient function was called with a single vector. If your parameters'
+        ' are something else, the transformation stands inside optax.flatten: put it'
+        ' before, as in `optax.chain(msam(), optax.flatten(optax.adam(1e-3)))`.'
+      )
+    raise
+
+
+def _pair(result):
+  if not (isinstance(result, tuple) and len(result) == 2):
+    raise ValueError(
+      '`value_and_grad_fn` must return `(value, grads)`, as what'
+      f' `jax.value_and_grad` makes does, not a {type(result).__name__}.'
+    )
+  value, _ = result
+  if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value):
+    raise ValueError(
+      'The value that `value_and_grad_fn` returns must be a scalar, not a'
+      f' {jax.tree.map(jnp.shape, value)}. With `has_aux=True` drop the'
+      ' auxiliary output: `lambda params: (f(params)[0][0], f(params)[1])`.'
+    )
+  return result
+
+
+def _hint(result, grads):
+  """What a pair in place of gradients seems to be, and how to pass it."""
+  structure = jax.tree.structure
+  if structure(result) == structure(grads):
+    return ''
+  if isinstance(result, tuple) and len(result) == 2:
+    if structure(result[1]) == structure(grads):
+      return (
+        '`grad_fn` seems to return `(value, grads)`: pass it as'
+        ' `value_and_grad_fn` instead. '
+      )
+    if structure(result[0]) == structure(grads):
+      return (
+        '`grad_fn` seems to return `(grads, aux)`: pass `lambda params:'
+        ' grad_fn(params)[0]` instead. '
+      )
+  return ''

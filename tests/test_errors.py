@@ -1,0 +1,190 @@
+"""Bad input: each message says what was wrong, where, and what to write instead."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import msam_optax
+from msam_optax import msam
+
+PARAMS = {'a': jnp.ones((2, 3)), 'b': {'c': jnp.ones(3)}}
+
+
+def quadratic(params):
+  return sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
+
+
+GRADS = jax.grad(quadratic)(PARAMS)
+
+
+def update(tx, grads=GRADS, params=PARAMS, **kwargs):
+  return tx.update(grads, tx.init(PARAMS), params, **kwargs)
+
+
+@pytest.mark.parametrize('value', [-0.1, float('nan'), float('inf')])
+@pytest.mark.parametrize(
+  ('name', 'make'),
+  [
+    ('rho', lambda x: msam(rho=x)),
+    ('rho', lambda x: msam(rho=jnp.asarray(x))),
+    ('rho', lambda x: msam_optax.value_and_grad(quadratic, rho=x)),
+    ('alpha', lambda x: msam(alpha=x)),
+    ('eta', lambda x: msam_optax.asam(eta=x)),
+    ('eta', lambda x: msam_optax.fisher_sam(eta=np.float32(x))),
+  ],
+  ids=['rho', 'rho-array', 'rho-drop-in', 'alpha', 'eta-asam', 'eta-fisher'],
+)
+def test_hyperparameter_out_of_bounds(name, make, value):
+  with pytest.raises(ValueError, match=rf'`{name}` must be finite and >= 0, got'):
+    make(value)
+
+
+def test_hyperparameter_of_wrong_kind():
+  with pytest.raises(TypeError, match='`rho` must be a number, an array or an Optax'):
+    msam(rho='large')
+  with pytest.raises(ValueError, match=r'`alpha` must be a scalar, got shape \(2,\)'):
+    msam(alpha=jnp.ones(2))
+
+
+def test_metric_without_parentheses():
+  with pytest.raises(TypeError, match='`metric` must be a Metric, such as `monge'):
+    msam_optax.sharpness_aware(msam_optax.monge, rho=0.1)
+  with pytest.raises(TypeError, match='`base` must be a Metric'):
+    msam(base=msam_optax.adaptive)
+
+
+def test_sync_ascent_without_axis():
+  with pytest.raises(ValueError, match='name it, as in `axis_name="batch"`'):
+    msam(sync_ascent=True)
+
+
+def test_perturbation_dtype_not_floating():
+  with pytest.raises(TypeError, match='`perturbation_dtype` must be a floating'):
+    msam(perturbation_dtype=jnp.int32)
+
+
+@pytest.mark.parametrize(
+  'chained', [msam(), optax.chain(msam(), optax.sgd(0.1))], ids=['alone', 'in-chain']
+)
+def test_grad_fn_missing(chained):
+  with pytest.raises(ValueError, match=r'grad_fn=grad_fn\)`, where `grad_fn = lambda'):
+    update(chained)
+
+
+def test_grad_fn_misspelt():
+  with pytest.raises(ValueError, match=r"given \['gradfn'\]: a misspelling\?"):
+    update(msam(), gradfn=jax.grad(quadratic))
+
+
+def test_both_functions_given():
+  take = jax.value_and_grad(quadratic)
+  with pytest.raises(ValueError, match='give only the latter'):
+    update(msam(), grad_fn=jax.grad(quadratic), value_and_grad_fn=take)
+
+
+def test_params_missing():
+  with pytest.raises(ValueError, match='perturbs the parameters and needs them'):
+    update(msam(), params=None, grad_fn=jax.grad(quadratic))
+
+
+def test_grad_fn_returns_value_too():
+  with pytest.raises(ValueError, match='`value_and_grad_fn` instead'):
+    update(msam(), grad_fn=jax.value_and_grad(quadratic))
+
+
+def test_grad_fn_returns_aux_too():
+  grad_fn = jax.grad(lambda p: (quadratic(p), 'aux'), has_aux=True)
+  with pytest.raises(ValueError, match=r'pass `lambda params: grad_fn\(params\)\[0\]`'):
+    update(msam(), grad_fn=grad_fn)
+
+
+def test_value_and_grad_fn_returns_aux_too():
+  take = jax.value_and_grad(lambda p: (quadratic(p), jnp.ones(3)), has_aux=True)
+  with pytest.raises(ValueError, match='With `has_aux=True` drop the auxiliary'):
+    update(msam(), value_and_grad_fn=take)
+
+
+def test_value_and_grad_fn_returns_grads_only():
+  with pytest.raises(ValueError, match=r'must return `\(value, grads\)`.*not a dict'):
+    update(msam(), value_and_grad_fn=jax.grad(quadratic))
+
+
+def test_value_not_scalar():
+  take = jax.value_and_grad(quadratic)
+  with pytest.raises(ValueError, match=r'`value`, the loss .* got shape \(2,\)'):
+    update(msam(), value_and_grad_fn=take, value=jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+  ('change', 'error', 'message'),
+  [
+    (lambda g: {**g, 'd': g['a']}, ValueError, r"one leaf too many at \['d'\]"),
+    (lambda g: {'a': g['a']}, ValueError, r"has no leaf at \['b'\]\['c'\]"),
+    (lambda g: {**g, 'a': g['a'].T}, ValueError, r"at \['a'\] its shape is \(3, 2\)"),
+    (
+      lambda g: {**g, 'b': {'c': g['b']['c'].astype(jnp.bfloat16)}},
+      TypeError,
+      r"at \['b'\]\['c'\] its dtype is bfloat16, not float32",
+    ),
+    (lambda g: [g['a'], g['b']], ValueError, r'one leaf too many at \[0\]'),
+  ],
+  ids=['leaf-more', 'leaf-less', 'shape', 'dtype', 'structure'],
+)
+def test_grad_fn_returns_other_tree(change, error, message):
+  with pytest.raises(error, match='What `grad_fn` returns must be like.*' + message):
+    update(msam(), grad_fn=lambda p: change(jax.grad(quadratic)(p)))
+
+
+def test_containers_differ():
+  grads = {'a': GRADS['a'], 'b': optax.EmptyState()}
+  params = {'a': PARAMS['a'], 'b': ()}
+  tx = msam()
+  with pytest.raises(ValueError, match='but it is a PyTreeDef'):
+    tx.update(grads, tx.init(params), params, grad_fn=lambda p: p)
+
+
+def test_gradients_unlike_params():
+  with pytest.raises(ValueError, match=r"gradients must be like .* at \['a'\] its"):
+    update(msam(), grads={**GRADS, 'a': jnp.ones(3)}, grad_fn=jax.grad(quadratic))
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'advice'),
+  [('int32', '`mask=lambda params'), ('complex64', 'as two real leaves')],
+)
+def test_leaf_not_real_floating(dtype, advice):
+  params = {'w': jnp.ones(2), 'n': {'k': jnp.ones(2, dtype)}}
+  for act in (
+    lambda: msam().init(params),
+    lambda: msam_optax.perturb(params, msam_optax.Ascent(params, jnp.ones([])), 0.1),
+  ):
+    with pytest.raises(TypeError, match=r"\['n'\]\['k'\] has dtype " + dtype) as error:
+      act()
+    assert advice in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('mask', 'error', 'message'),
+  [
+    ({'a': True}, ValueError, '`mask` must have the structure of the parameters'),
+    ({'a': True, 'b': {'c': 1.0}}, TypeError, r"got 1.0 at \['b'\]\['c'\]"),
+    (lambda p: {'z': True}, ValueError, 'or a prefix of it'),
+  ],
+  ids=['structure', 'not-bool', 'function'],
+)
+def test_mask_does_not_fit(mask, error, message):
+  with pytest.raises(error, match=message):
+    msam(mask=mask).init(PARAMS)
+
+
+def test_schedule_in_drop_in():
+  with pytest.raises(ValueError, match=r'rho=schedule\(step\)'):
+    msam_optax.value_and_grad(quadratic, rho=optax.constant_schedule(0.1))
+
+
+def test_metric_with_state_in_drop_in():
+  metric = msam_optax.monge(alpha=optax.constant_schedule(1.0))
+  with pytest.raises(ValueError, match='use the transformation `sharpness_aware'):
+    msam_optax.value_and_grad(quadratic, metric)(PARAMS)

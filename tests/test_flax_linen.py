@@ -1,0 +1,132 @@
+"""Flax Linen: a model with BatchNorm and Dropout, and Flax's own TrainState."""
+
+import chex
+from flax import linen as nn
+from flax import serialization
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from msam_optax import msam
+from msam_optax import value_and_grad
+from msam_optax.flax_linen import TrainState
+
+pytestmark = pytest.mark.standard_promotion
+
+
+class Model(nn.Module):
+  """Dense, BatchNorm, Dropout, Dense."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Dense(8)(x)
+    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+    x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+    return nn.Dense(2)(x)
+
+
+class BatchNormState(TrainState):
+  """A train state that carries batch statistics."""
+
+  batch_stats: dict
+
+
+MODEL = Model()
+X = jax.random.normal(jax.random.key(1), (16, 3)) * 2 + 1
+Y = jax.random.normal(jax.random.key(2), (16, 2))
+
+
+def create(tx):
+  variables = MODEL.init(jax.random.key(0), X, train=False)
+  return BatchNormState.create(apply_fn=MODEL.apply, tx=tx, **variables)
+
+
+def loss_fn(params, state, key):
+  out, new = state.apply_fn(
+    {'params': params, 'batch_stats': state.batch_stats},
+    X,
+    train=True,
+    rngs={'dropout': key},
+    mutable=['batch_stats'],
+  )
+  return jnp.mean((out - Y) ** 2), new['batch_stats']
+
+
+@jax.jit
+def train_step(state, key):
+  take = jax.value_and_grad(lambda p: loss_fn(p, state, key), has_aux=True)
+  (loss, batch_stats), grads = take(state.params)
+  state = state.apply_gradients(
+    grads=grads, grad_fn=lambda params: take(params)[1], batch_stats=batch_stats
+  )
+  return state, loss
+
+
+def test_statistics_are_those_of_one_clean_pass():
+  state, key = create(optax.chain(msam(rho=0.5), optax.sgd(0.1))), jax.random.key(7)
+  clean = jax.jit(loss_fn)(state.params, state, key)
+  after, loss = train_step(state, key)
+  chex.assert_trees_all_equal(after.batch_stats, clean[1])
+  chex.assert_trees_all_close(loss, clean[0], rtol=1e-6)
+  assert after.step == 1
+
+
+def test_step_is_the_papers_with_one_dropout_key():
+  state, key = create(optax.chain(msam(rho=0.5), optax.sgd(0.1))), jax.random.key(7)
+  grad = jax.grad(lambda p: loss_fn(p, state, key)[0])
+  g = grad(state.params)
+  n = optax.tree.norm(g)
+  probe = jax.tree.map(
+    lambda w, g: w + 0.5 * g / (n * jnp.sqrt(1 + n**2)), state.params, g
+  )
+  expected = jax.tree.map(lambda w, g: w - 0.1 * g, state.params, grad(probe))
+  after, _ = train_step(state, key)
+  chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_drop_in_does_the_same_with_flax_own_state():
+  key = jax.random.key(7)
+  ours = create(optax.chain(msam(rho=0.5), optax.sgd(0.1)))
+  flax_state = train_state.TrainState.create(
+    apply_fn=MODEL.apply, params=ours.params, tx=optax.sgd(0.1)
+  )
+  take = value_and_grad(lambda p: loss_fn(p, ours, key), rho=0.5, has_aux=True)
+  (_, batch_stats), grads = take(flax_state.params)
+  after, _ = train_step(ours, key)
+  chex.assert_trees_all_close(
+    flax_state.apply_gradients(grads=grads).params, after.params, rtol=1e-5, atol=1e-6
+  )
+  chex.assert_trees_all_close(batch_stats, after.batch_stats, rtol=1e-6)
+
+
+def test_is_flax_train_state_for_plain_optimizers():
+  params = {'w': jnp.array([1.0, 2.0])}
+  grads = {'w': jnp.array([0.5, -0.5])}
+  make = dict(apply_fn=None, params=params, tx=optax.adam(0.1))
+  ours = TrainState.create(**make).apply_gradients(grads=grads)
+  flax_own = train_state.TrainState.create(**make).apply_gradients(grads=grads)
+  chex.assert_trees_all_equal(ours.params, flax_own.params)
+  chex.assert_trees_all_equal(ours.opt_state, flax_own.opt_state)
+  assert ours.tx is make['tx']
+
+
+def test_missing_grad_fn_is_named():
+  params = {'w': jnp.ones(2)}
+  state = TrainState.create(apply_fn=None, params=params, tx=msam())
+  with pytest.raises(ValueError, match='`grad_fn = lambda params'):
+    state.apply_gradients(grads=params)
+
+
+def test_serialization_round_trip_continues_bit_for_bit():
+  state = create(optax.chain(msam(rho=0.5), optax.adam(0.1)))
+  keys = jax.random.split(jax.random.key(3), 4)
+  for key in keys[:2]:
+    state, _ = train_step(state, key)
+  saved = serialization.to_bytes(state)
+  restored = serialization.from_bytes(create(state.tx), saved)
+  for key in keys[2:]:
+    state, _ = train_step(state, key)
+    restored, _ = train_step(restored, key)
+  chex.assert_trees_all_equal(restored, state)

@@ -1,0 +1,190 @@
+"""Flax NNX: a model with BatchNorm and Dropout, the drop-in, and the chain."""
+
+import chex
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from msam_optax import euclidean
+from msam_optax import flax_nnx
+from msam_optax import monge
+from msam_optax import msam
+
+pytestmark = pytest.mark.standard_promotion
+
+X = jax.random.normal(jax.random.key(1), (16, 3)) * 2 + 1
+Y = jax.random.normal(jax.random.key(2), (16, 2))
+
+
+class Model(nnx.Module):
+  """Linear, BatchNorm, Dropout, Linear."""
+
+  def __init__(self, rngs):
+    self.hidden = nnx.Linear(3, 8, rngs=rngs)
+    self.norm = nnx.BatchNorm(8, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.out = nnx.Linear(8, 2, rngs=rngs)
+
+  def __call__(self, x):
+    return self.out(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
+
+
+def make():
+  return Model(nnx.Rngs(params=0, dropout=1))
+
+
+def loss_fn(model, x, y):
+  return jnp.mean((model(x) - y) ** 2)
+
+
+def arrays(model, *filters):
+  """The model's variables as NumPy arrays, keys as their data."""
+  leaves = jax.tree.leaves(nnx.state(model, *filters))
+  is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return [np.array(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
+
+
+def papers_step(model, rho, lr):
+  """Parameters after one step of SGD with Monge SAM's gradient, functionally."""
+  graphdef, params, rest = nnx.split(nnx.clone(model), nnx.Param, ...)
+
+  def pure(params):
+    return loss_fn(nnx.merge(graphdef, params, rest, copy=True), X, Y)
+
+  g = jax.grad(pure)(params)
+  n = optax.tree.norm(g)
+  probe = jax.tree.map(lambda w, g: w + rho * g / (n * jnp.sqrt(1 + n**2)), params, g)
+  return jax.tree.leaves(
+    jax.tree.map(lambda w, g: w - lr * g, params, jax.grad(pure)(probe))
+  )
+
+
+def drop_in_step(model, optimizer):
+  loss, grads = flax_nnx.value_and_grad(loss_fn, monge(), rho=0.5)(model, X, Y)
+  optimizer.update(model, grads)
+  return loss
+
+
+def chain_step(model, optimizer):
+  grad_fn = flax_nnx.grad_fn(loss_fn, model, X, Y)
+  loss, grads = nnx.value_and_grad(loss_fn)(model, X, Y)
+  optimizer.update(model, grads, grad_fn=grad_fn)
+  return loss
+
+
+STEPS = {
+  'drop-in': (drop_in_step, lambda: optax.sgd(0.1)),
+  'chain': (chain_step, lambda: optax.chain(msam(rho=0.5), optax.sgd(0.1))),
+}
+
+
+@pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
+@pytest.mark.parametrize('door', STEPS)
+def test_one_step(door, jit):
+  step, tx = STEPS[door]
+  model, clean = make(), make()
+  optimizer = nnx.Optimizer(model, tx(), wrt=nnx.Param)
+  expected = papers_step(model, rho=0.5, lr=0.1)
+
+  wrap = nnx.jit if jit else lambda f: f
+  clean_loss, _ = wrap(lambda m: nnx.value_and_grad(loss_fn)(m, X, Y))(clean)
+  loss = wrap(step)(model, optimizer)
+
+  chex.assert_trees_all_close(loss, clean_loss, rtol=1e-6)
+  chex.assert_trees_all_close(arrays(model, nnx.Param), expected, rtol=1e-4, atol=1e-6)
+  not_params = nnx.Not(nnx.Param)
+  if jit:
+    # The same arithmetic in another program: fused, so equal to rounding only.
+    chex.assert_trees_all_close(
+      arrays(model, not_params), arrays(clean, not_params), rtol=1e-6
+    )
+  else:
+    chex.assert_trees_all_equal(arrays(model, not_params), arrays(clean, not_params))
+  assert model.dropout.rngs.count[...] == 1
+
+
+def test_many_steps_lower_the_loss():
+  model = make()
+  optimizer = nnx.Optimizer(
+    model, optax.chain(msam(rho=0.05), optax.adam(0.05)), wrt=nnx.Param
+  )
+  step = nnx.jit(chain_step)
+  losses = [step(model, optimizer) for _ in range(60)]
+  assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+  assert 0 < optax.tree.get(optimizer.opt_state, 'slope')[...] < 1
+
+
+def test_structure_is_that_of_nnx_value_and_grad():
+  model = make()
+  _, expected = nnx.value_and_grad(loss_fn)(nnx.clone(model), X, Y)
+  _, grads = flax_nnx.value_and_grad(loss_fn)(model, X, Y)
+  chex.assert_trees_all_equal_shapes_and_dtypes(grads, expected)
+
+
+def test_auxiliary_output_and_keyword_arguments():
+  def with_aux(model, x, y):
+    out = model(x)
+    return jnp.mean((out - y) ** 2), out
+
+  model, clean = make(), make()
+  (loss, out), grads = flax_nnx.value_and_grad(with_aux, has_aux=True)(model, X, y=Y)
+  clean_loss, clean_out = with_aux(clean, X, y=Y)
+  chex.assert_trees_all_close((loss, out), (clean_loss, clean_out), rtol=1e-6)
+  _, plain = flax_nnx.value_and_grad(loss_fn)(make(), X, Y)
+  chex.assert_trees_all_close(grads, plain, rtol=1e-6)
+
+
+def test_other_objects_are_changed_once():
+  """Metrics that the loss function updates count each batch once."""
+
+  def counting(metric, model, x, y):
+    loss = loss_fn(model, x, y)
+    metric.update(values=loss)
+    return loss
+
+  metric = nnx.metrics.Average()
+  take = flax_nnx.value_and_grad(counting, argnums=1)
+  loss, _ = take(metric, make(), X, Y)
+  assert metric.count[...] == 1
+  chex.assert_trees_all_close(metric.compute(), loss, rtol=1e-6)
+
+
+def test_only_chosen_variables_are_trained():
+  model = nnx.LoRALinear(3, 2, lora_rank=2, rngs=nnx.Rngs(0))
+  model.lora.lora_b[...] = jnp.ones_like(model.lora.lora_b[...])
+  wrt = nnx.DiffState(0, nnx.LoRAParam)
+  _, grads = flax_nnx.value_and_grad(loss_fn, euclidean(), rho=0.1, argnums=wrt)(
+    model, X, Y
+  )
+  assert len(jax.tree.leaves(grads)) == 2
+  tx = optax.chain(msam(rho=0.1, alpha=0.0), optax.sgd(1.0))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+  before = arrays(model, nnx.LoRAParam)
+  grad_fn = flax_nnx.grad_fn(loss_fn, model, X, Y, argnums=wrt)
+  _, clean = nnx.value_and_grad(loss_fn, argnums=wrt)(model, X, Y)
+  optimizer.update(model, clean, grad_fn=grad_fn)
+  moved = [b - a for b, a in zip(before, arrays(model, nnx.LoRAParam), strict=True)]
+  chex.assert_trees_all_close(moved, jax.tree.leaves(grads), rtol=1e-4, atol=1e-6)
+
+
+def test_mask_leaves_biases_alone():
+  kernels = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+  model = make()
+  optimizer = nnx.Optimizer(
+    model, optax.chain(msam(rho=0.5, mask=kernels), optax.sgd(0.1)), wrt=nnx.Param
+  )
+  _, grads = flax_nnx.value_and_grad(loss_fn, rho=0.5, mask=kernels)(make(), X, Y)
+  before = arrays(model, nnx.Param)
+  chain_step(model, optimizer)
+  moved = [(b - a) * 10 for b, a in zip(before, arrays(model, nnx.Param), strict=True)]
+  chex.assert_trees_all_close(moved, jax.tree.leaves(grads), rtol=1e-3, atol=1e-5)
+
+
+def test_clean_gradients_of_the_wrong_model_are_refused():
+  model = make()
+  optimizer = nnx.Optimizer(model, msam(), wrt=nnx.Param)
+  with pytest.raises(ValueError, match='`grad_fn = lambda params'):
+    optimizer.update(model, nnx.grad(loss_fn)(model, X, Y))

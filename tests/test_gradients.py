@@ -1,0 +1,169 @@
+"""The drop-in for ``jax.value_and_grad``."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import msam_optax
+from tests.problems import batch
+from tests.problems import loss
+from tests.problems import mlp_params
+
+METRICS = {
+  'monge': msam_optax.monge(2.0),
+  'euclidean': msam_optax.euclidean(),
+  'adaptive': msam_optax.adaptive(),
+  'diagonal_fisher': msam_optax.diagonal_fisher(),
+  'monge-adaptive': msam_optax.monge(base=msam_optax.adaptive()),
+}
+
+
+@pytest.mark.parametrize('name', METRICS)
+def test_equals_the_transformation(name):
+  metric, params, data = METRICS[name], mlp_params(), batch()
+  value, grads = msam_optax.value_and_grad(loss, metric, rho=0.2)(params, data)
+  clean_value, clean = jax.value_and_grad(loss)(params, data)
+  tx = msam_optax.sharpness_aware(metric, 0.2)
+  expected, _ = tx.update(
+    clean, tx.init(params), params, grad_fn=lambda p: jax.grad(loss)(p, data)
+  )
+  chex.assert_trees_all_equal(value, clean_value)
+  chex.assert_trees_all_close(grads, expected, rtol=1e-6)
+  chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+
+
+def test_closed_form():
+  # ℓ = w², w = 1: g = 2, δ = ρ·2/(2·√5), gradient 2(1 + ρ/√5).
+  _, grad = msam_optax.value_and_grad(jnp.square, rho=0.5)(jnp.float32(1.0))
+  np.testing.assert_allclose(grad, 2 * (1 + 0.5 / np.sqrt(5)), rtol=1e-6)
+
+
+def test_auxiliary_output_is_of_the_clean_pass():
+  def with_aux(params, data):
+    return loss(params, data), params
+
+  params = mlp_params()
+  (value, aux), _ = msam_optax.value_and_grad(with_aux, has_aux=True)(params, batch())
+  chex.assert_trees_all_equal(aux, params)
+  chex.assert_trees_all_equal(value, loss(params, batch()))
+
+
+def test_several_arguments_are_one_tree():
+  """The norm is that of both together, as if they were one tuple."""
+  params = mlp_params()
+
+  def split(data, hidden, out, *, scale):
+    return scale * loss({'hidden': hidden, 'out': out}, data)
+
+  value, grads = msam_optax.value_and_grad(split, rho=0.2, argnums=(1, 2))(
+    batch(), params['hidden'], params['out'], scale=3.0
+  )
+  whole_value, whole = msam_optax.value_and_grad(
+    lambda p: 3.0 * loss(p, batch()), rho=0.2
+  )(params)
+  chex.assert_trees_all_close(value, whole_value, rtol=1e-6)
+  chex.assert_trees_all_close(grads, (whole['hidden'], whole['out']), rtol=1e-5)
+
+
+def test_mask_and_other_argument():
+  params = mlp_params()
+  mask = {'hidden': True, 'out': False}
+  take = msam_optax.value_and_grad(
+    lambda data, params: loss(params, data), rho=0.2, argnums=1, mask=mask
+  )
+  _, grads = take(batch(), params)
+  tx = msam_optax.msam(rho=0.2, mask=mask)
+  grad_fn = jax.grad(lambda p: loss(p, batch()))
+  expected, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+  chex.assert_trees_all_close(grads, expected, rtol=1e-6)
+
+
+def test_both_passes_see_the_same_key():
+  def noisy(w, key):
+    return jnp.sum(w * jax.random.normal(key, w.shape))  # linear: g = g′
+
+  w, key = jnp.ones(5), jax.random.key(3)
+  _, grads = msam_optax.value_and_grad(noisy, rho=1.0)(w, key)
+  chex.assert_trees_all_equal(grads, jax.random.normal(key, w.shape))
+
+
+def test_traced_radius_and_keyword_arguments_under_jit():
+  params, data = mlp_params(), batch()
+
+  @jax.jit
+  def take(params, rho):
+    return msam_optax.value_and_grad(loss, rho=rho)(params, data=data)
+
+  for rho in (0.1, 0.4):
+    chex.assert_trees_all_close(
+      take(params, rho),
+      msam_optax.value_and_grad(loss, rho=rho)(params, data),
+      rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
+def test_pmap_averages_the_gradient_at_the_probe(sync_ascent):
+  shards, params = 4, mlp_params()
+  data = jax.tree.map(lambda *xs: jnp.stack(xs), *[batch(i) for i in range(shards)])
+  take = msam_optax.value_and_grad(
+    loss, rho=0.3, axis_name='i', sync_ascent=sync_ascent
+  )
+  values, grads = jax.pmap(take, axis_name='i', in_axes=(None, 0))(params, data)
+
+  own = [jax.grad(loss)(params, batch(i)) for i in range(shards)]
+  mean = jax.tree.map(lambda *gs: sum(gs) / shards, *own)
+  at_probes = []
+  for i in range(shards):
+    ascent = mean if sync_ascent else own[i]
+    n = optax.tree.norm(ascent)
+    probe = jax.tree.map(
+      lambda w, g: w + 0.3 * g / (n * jnp.sqrt(1 + n**2)),
+      params,
+      ascent,
+    )
+    at_probes.append(jax.grad(loss)(probe, batch(i)))
+  expected = jax.tree.map(lambda *gs: sum(gs) / shards, *at_probes)
+  for i in range(shards):
+    chex.assert_trees_all_close(
+      jax.tree.map(lambda x: x[i], grads),
+      expected,
+      rtol=1e-4,
+      atol=1e-6,
+    )
+    chex.assert_trees_all_close(values[i], loss(params, batch(i)), rtol=1e-6)
+
+
+def test_float32_probe_of_bfloat16_parameters():
+  dtypes = []
+
+  def recording(w):
+    dtypes.append(w.dtype)
+    return jnp.sum(w.astype(jnp.float32) ** 2)
+
+  _, grads = msam_optax.value_and_grad(
+    recording, rho=1e-3, perturbation_dtype=jnp.float32
+  )(jnp.ones(4, jnp.bfloat16))
+  assert dtypes == [jnp.bfloat16, jnp.float32]
+  assert grads.dtype == jnp.bfloat16
+
+
+def test_keeps_name_and_documentation():
+  take = msam_optax.value_and_grad(loss)
+  assert take.__name__ == 'loss'
+  assert take.__doc__ == loss.__doc__
+
+
+def test_as_decorator():
+  @functools.partial(msam_optax.value_and_grad, rho=0.0)
+  def square(w):
+    return w**2
+
+  chex.assert_trees_all_equal(
+    square(jnp.float32(3.0)), (jnp.float32(9), jnp.float32(6))
+  )

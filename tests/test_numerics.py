@@ -1,0 +1,430 @@
+"""Numbers at their extremes: magnitudes, precisions, zeros, NaN and odd trees.
+
+The truth is in float64, where the plain formulas neither overflow nor underflow for
+all magnitudes of float32.
+"""
+
+import chex
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msam_optax import adaptive
+from msam_optax import diagonal_fisher
+from msam_optax import euclidean
+from msam_optax import monge
+
+
+def everything(params):
+  return jax.tree.map(lambda _: True, params)
+
+
+# Each with what it is made of: α² over B, and B⁻¹ as a function of g and w.
+METRICS = {
+  'euclidean': (euclidean(), 0.0, lambda g, w: np.ones_like(g)),
+  'adaptive': (
+    adaptive(0.01, weights=everything),
+    0.0,
+    lambda g, w: (np.abs(w) + 0.01) ** 2,
+  ),
+  'diagonal_fisher': (diagonal_fisher(0.5), 0.0, lambda g, w: 1 / (1 + 0.5 * g**2)),
+  'monge': (monge(), 1.0, lambda g, w: np.ones_like(g)),
+  'monge over adaptive': (
+    monge(0.3, adaptive(0.01, weights=everything)),
+    0.09,
+    lambda g, w: (np.abs(w) + 0.01) ** 2,
+  ),
+  'monge over diagonal_fisher': (
+    monge(2.0, diagonal_fisher(0.5)),
+    4.0,
+    lambda g, w: 1 / (1 + 0.5 * g**2),
+  ),
+}
+every_metric = pytest.mark.parametrize('name', METRICS)
+
+
+def ascend(metric, grads, params=None):
+  ascent, _ = metric.ascend(grads, metric.init(params), params)
+  return ascent
+
+
+def flat(tree):
+  """All entries as one float64 vector, in the order of the leaves."""
+  leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+  return np.concatenate([np.zeros(0), *leaves])
+
+
+def flat_eps(tree):
+  """The unit roundoff of each entry."""
+  eps = lambda x: np.full(np.size(x), float(jnp.finfo(x.dtype).eps))
+  return np.concatenate([np.zeros(0), *map(eps, jax.tree.leaves(tree))])
+
+
+def flat_tiny(tree):
+  """What each entry may be off by because its dtype ends there."""
+  tiny = lambda x: np.full(
+    np.size(x), max(float(jnp.finfo(x.dtype).tiny) * 1e-3, 2e-38)
+  )
+  return np.concatenate([np.zeros(0), *map(tiny, jax.tree.leaves(tree))])
+
+
+def truth(name, grads, params):
+  """Direction and slope by the formula of the paper, in float64."""
+  _, alpha_squared, inverse = METRICS[name]
+  g, w = flat(grads), flat(params)
+  u = inverse(g, w) * g
+  s = g @ u
+  if s == 0:
+    return np.zeros_like(g), 0.0
+  factor = np.sqrt(1 + alpha_squared * s)
+  return u / (np.sqrt(s) * factor), np.sqrt(s) / factor
+
+
+# Random trees. Few shapes, so that JAX compiles few programs.
+
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+SHAPES = ((), (3,), (2, 3), (1, 2, 2), (2, 0))
+
+
+class Leaf:
+  """A gradient and its parameters, in NumPy; not a pytree."""
+
+  def __init__(self, shape, dtype, magnitude, seed):
+    rng = np.random.default_rng(seed)
+    if dtype == jnp.float16:
+      magnitude = np.clip(magnitude, -2, 2)
+    grads = rng.uniform(-1, 1, shape) * 10.0**magnitude
+    grads = np.where(rng.random(shape) < 0.2, 0.0, grads)
+    self.grads = np.asarray(grads).astype(dtype)
+    self.params = np.asarray(rng.normal(size=shape)).astype(dtype)
+
+
+@st.composite
+def pairs_of_trees(draw):
+  """Gradients and params: nested dicts, lists and tuples, or one bare array.
+
+  Most leaves are of about the same magnitude, so that all of them count.
+  """
+  common = draw(st.integers(-28, 28))
+  magnitudes = st.one_of(
+    st.integers(common - 2, common + 2),
+    st.integers(common - 2, common + 2),
+    st.integers(-30, 30),
+  )
+  leaves = st.builds(
+    Leaf,
+    st.sampled_from(SHAPES),
+    st.sampled_from(DTYPES),
+    magnitudes,
+    st.integers(0, 2**32 - 1),
+  )
+  tree = draw(
+    st.recursive(
+      leaves,
+      lambda children: st.one_of(
+        st.lists(children, min_size=1, max_size=4),
+        st.lists(children, max_size=4).map(tuple),
+        st.dictionaries(st.sampled_from('abcd'), children, min_size=2),
+      ),
+      max_leaves=6,
+    )
+  )
+  take = lambda name: jax.tree.map(lambda leaf: jnp.asarray(getattr(leaf, name)), tree)
+  return take('grads'), take('params')
+
+
+some_examples = hypothesis.settings(
+  max_examples=40,
+  deadline=None,
+  derandomize=True,
+  database=None,
+  suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+@every_metric
+@some_examples
+@hypothesis.given(trees=pairs_of_trees())
+def test_any_tree_of_any_magnitude(name, trees):
+  grads, params = trees
+  metric, alpha_squared, inverse = METRICS[name]
+
+  direction, slope = ascend(metric, grads, params)
+
+  chex.assert_trees_all_equal_shapes_and_dtypes(direction, grads)
+  chex.assert_type(slope, jnp.float32)
+  chex.assert_shape(slope, ())
+  chex.assert_tree_all_finite(direction)
+
+  expected, expected_slope = truth(name, grads, params)
+  g, w, d = flat(grads), flat(params), flat(direction)
+  np.testing.assert_allclose(slope, expected_slope, rtol=2e-6)
+  error = np.abs(d - expected)
+  allowed = 4 * flat_eps(grads) * np.abs(expected) + flat_tiny(grads)
+  assert np.all(error <= allowed)
+  assert np.all(d[g == 0] == 0)
+  length = np.sqrt(np.sum(d**2 / inverse(g, w)) + alpha_squared * (g @ d) ** 2)
+  tolerance = 8 * flat_eps(grads).max(initial=0)
+  np.testing.assert_allclose(length, np.any(g), rtol=tolerance)
+
+
+@every_metric
+@some_examples
+@hypothesis.given(
+  trees=pairs_of_trees(),
+  poison=st.sampled_from([np.nan, np.inf, -np.inf]),
+  place=st.integers(0, 100),
+)
+def test_one_entry_that_is_not_finite_stops_all(name, trees, poison, place):
+  grads, params = trees
+  values, structure = jax.tree.flatten(grads)
+  places = [(i, j) for i, x in enumerate(values) for j in range(x.size)]
+  hypothesis.assume(places)
+  i, j = places[place % len(places)]
+  leaf = np.array(values[i])
+  leaf.ravel()[j] = poison
+  values[i] = jnp.asarray(leaf)
+  grads = jax.tree.unflatten(structure, values)
+
+  direction, slope = ascend(METRICS[name][0], grads, params)
+
+  chex.assert_trees_all_equal_shapes_and_dtypes(direction, grads)
+  assert not flat(direction).any()
+  assert slope == 0
+
+
+# Zero.
+
+TREE = {'kernel': (2, 3), 'bias': (3,), 'scale': ()}
+
+
+def filled(value, dtype=jnp.float32):
+  return {name: jnp.full(shape, value, dtype) for name, shape in TREE.items()}
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=lambda dtype: dtype.__name__)
+@every_metric
+def test_zero_gradient_gives_zero(name, dtype):
+  grads = filled(0.0, dtype)
+
+  direction, slope = ascend(METRICS[name][0], grads, filled(1.0, dtype))
+
+  chex.assert_trees_all_equal(direction, grads)
+  assert slope == 0
+
+
+@every_metric
+def test_derivatives_at_the_zero_gradient_are_zero(name):
+  metric, params = METRICS[name][0], filled(1.0)
+
+  def slope(grads, params):
+    return ascend(metric, grads, params).slope
+
+  def total(grads, params):
+    return sum(
+      jnp.sum(d) for d in jax.tree.leaves(ascend(metric, grads, params).direction)
+    )
+
+  for function in (slope, total):
+    derivatives = jax.grad(function, argnums=(0, 1))(filled(0.0), params)
+    chex.assert_trees_all_equal(derivatives, (filled(0.0), filled(0.0)))
+
+
+@every_metric
+def test_derivatives_of_the_slope_where_parts_are_zero(name, x64):
+  """The derivative of a norm is finite, and right, where one entry is zero."""
+  metric = METRICS[name][0]
+  w, g = jnp.array([1.0, -0.5, 2.0]), jnp.array([0.0, 3.0, -1.0])
+
+  derivative = jax.grad(lambda g: ascend(metric, g, w).slope)(g)
+
+  h = 1e-6
+  expected = [
+    (truth(name, g + h * e, w)[1] - truth(name, g - h * e, w)[1]) / (2 * h)
+    for e in np.eye(3)
+  ]
+  np.testing.assert_allclose(derivative, expected, rtol=1e-8, atol=1e-9)
+
+
+@every_metric
+def test_poison_in_one_leaf_stops_the_others(name):
+  for poison in (np.nan, np.inf):
+    grads = filled(1.0) | {'scale': jnp.float32(poison)}
+    direction, slope = ascend(METRICS[name][0], grads, filled(1.0))
+    chex.assert_trees_all_equal(direction, filled(0.0))
+    assert slope == 0
+
+
+# Magnitudes.
+
+
+@pytest.mark.parametrize('magnitude', [1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30])
+@every_metric
+def test_gradients_of_all_magnitudes_in_float32(name, magnitude):
+  rng = np.random.default_rng(0)
+  draw = lambda scale: {
+    key: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+    for key, shape in TREE.items()
+  }
+  grads, params = draw(magnitude), draw(1.0)
+
+  direction, slope = ascend(METRICS[name][0], grads, params)
+
+  expected, expected_slope = truth(name, grads, params)
+  np.testing.assert_allclose(flat(direction), expected, rtol=1e-6)
+  np.testing.assert_allclose(slope, expected_slope, rtol=1e-6)
+
+
+def test_monge_where_the_square_of_eq_9_overflows():
+  """n²(1+n²) is beyond float32 from n = 4.3e9 on, δ is not."""
+  g = jnp.array([3e10, 4e10])
+
+  direction, slope = ascend(monge(), g)
+
+  np.testing.assert_allclose(direction, [0.6 / 5e10, 0.8 / 5e10], rtol=1e-6)
+  np.testing.assert_allclose(slope, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize('alpha', [1e10, 1e30, 3e38])
+def test_huge_alpha_times_huge_gradient(alpha):
+  direction, slope = ascend(monge(alpha), jnp.full([4], 1e30))
+
+  np.testing.assert_allclose(direction, np.zeros(4), atol=1e-37)
+  np.testing.assert_allclose(slope, 1 / alpha, rtol=1e-6, atol=2e-38)
+
+
+def test_huge_and_tiny_gradients_side_by_side():
+  grads = {'huge': jnp.float32([3e30, 4e30]), 'tiny': jnp.full([3], 1e-30)}
+
+  direction, slope = ascend(euclidean(), grads)
+
+  np.testing.assert_allclose(direction['huge'], [0.6, 0.8], rtol=1e-6)
+  np.testing.assert_array_equal(direction['tiny'], np.zeros(3))
+  np.testing.assert_allclose(slope, 5e30, rtol=1e-6)
+
+
+# Precisions.
+
+
+def test_norm_of_float16_gradients_does_not_overflow():
+  """300² is beyond float16."""
+  direction, slope = ascend(euclidean(), jnp.full([10_000], 300.0, jnp.float16))
+
+  np.testing.assert_allclose(slope, 30_000.0, rtol=1e-6)
+  np.testing.assert_allclose(np.asarray(direction, np.float64), 0.01, rtol=1e-3)
+
+
+def test_norm_of_float16_gradients_may_be_beyond_float16():
+  direction, slope = ascend(euclidean(), jnp.full([160_000], 300.0, jnp.float16))
+
+  np.testing.assert_allclose(slope, 120_000.0, rtol=1e-6)
+  np.testing.assert_allclose(np.asarray(direction, np.float64), 1 / 400, rtol=1e-3)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=lambda dtype: dtype.__name__)
+def test_norm_of_many_entries_is_summed_precisely(dtype):
+  g = jnp.asarray(np.random.default_rng(0).normal(size=100_000), dtype)
+
+  slope = ascend(euclidean(), g).slope
+
+  np.testing.assert_allclose(slope, np.linalg.norm(flat(g)), rtol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=lambda dtype: dtype.__name__)
+def test_slope_is_float32(dtype):
+  assert ascend(monge(), filled(1.0, dtype)).slope.dtype == jnp.float32
+
+
+@every_metric
+def test_leaves_of_different_dtypes(name):
+  rng = np.random.default_rng(1)
+  draw = lambda: {
+    'a': jnp.asarray(rng.normal(size=(2, 3)), jnp.float16),
+    'b': [jnp.asarray(rng.normal(size=4), jnp.bfloat16)],
+    'c': (jnp.asarray(rng.normal(size=5), jnp.float32), jnp.float16(0.5)),
+  }
+  grads, params = draw(), draw()
+
+  direction, slope = ascend(METRICS[name][0], grads, params)
+
+  expected, expected_slope = truth(name, grads, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(direction, grads)
+  error = np.abs(flat(direction) - expected)
+  assert np.all(error <= 4 * flat_eps(grads) * np.abs(expected))
+  np.testing.assert_allclose(slope, expected_slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize('magnitude', [1e-150, 1e-3, 1.0, 1e3, 1e150])
+@every_metric
+def test_float64_keeps_its_precision(name, magnitude, x64):
+  # Powers of ten stay below the range in which float64's own truth would overflow.
+  rng = np.random.default_rng(2)
+  grads = {
+    key: jnp.asarray(magnitude * rng.normal(size=shape)) for key, shape in TREE.items()
+  }
+  params = {key: jnp.asarray(rng.normal(size=shape)) for key, shape in TREE.items()}
+
+  direction, slope = ascend(METRICS[name][0], grads, params)
+
+  expected, expected_slope = truth(name, grads, params)
+  chex.assert_trees_all_equal_dtypes(direction, grads)
+  assert slope.dtype == jnp.float64
+  np.testing.assert_allclose(flat(direction), expected, rtol=1e-12)
+  np.testing.assert_allclose(slope, expected_slope, rtol=1e-12)
+
+
+def test_float64_beside_float32(x64):
+  grads = {'wide': jnp.full([2], 3.0), 'narrow': jnp.full([2], 4.0, jnp.float32)}
+
+  direction, slope = ascend(euclidean(), grads)
+
+  chex.assert_trees_all_equal_dtypes(direction, grads)
+  np.testing.assert_allclose(slope, np.sqrt(50), rtol=1e-12)
+  np.testing.assert_allclose(direction['wide'], 3 / np.sqrt(50), rtol=1e-12)
+  np.testing.assert_allclose(direction['narrow'], 4 / np.sqrt(50), rtol=1e-7)
+
+
+# Odd trees.
+
+
+@pytest.mark.parametrize(
+  'grads',
+  [{}, (), [], {'a': {}, 'b': [()], 'c': None}],
+  ids=['dict', 'tuple', 'list', 'nested'],
+)
+@every_metric
+def test_tree_without_leaves(name, grads):
+  direction, slope = ascend(METRICS[name][0], grads, grads)
+
+  assert direction == grads
+  assert slope == 0
+
+
+@every_metric
+def test_tree_of_empty_arrays(name):
+  grads = {'a': jnp.zeros([0]), 'b': jnp.zeros([2, 0, 3], jnp.bfloat16)}
+
+  direction, slope = ascend(METRICS[name][0], grads, grads)
+
+  chex.assert_trees_all_equal_shapes_and_dtypes(direction, grads)
+  assert slope == 0
+
+
+@pytest.mark.parametrize('g', [2.5, -2.5, 1e-30, -1e30])
+def test_scalar_parameter(g):
+  direction, slope = ascend(euclidean(), jnp.float32(g))
+
+  assert direction == np.sign(g)
+  np.testing.assert_allclose(slope, abs(g), rtol=1e-6)
+
+
+def test_numpy_arrays_are_as_good_as_arrays_of_jax():
+  direction, slope = ascend(monge(), {'w': np.float32([0.6, 0.8])})
+
+  np.testing.assert_allclose(
+    direction['w'], np.array([0.6, 0.8]) / np.sqrt(2), rtol=1e-6
+  )
+  np.testing.assert_allclose(slope, 1 / np.sqrt(2), rtol=1e-6)
