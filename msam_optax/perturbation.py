@@ -86,16 +86,17 @@ def distance(probe: Any, params: Any, *, mask: Any = None) -> jax.Array:
   return jnp.sqrt(sum(squares, jnp.zeros([], dtype)))
 
 
-def settle(probe_grads: Any, grads: Any, *, axis_name: Any = None) -> Any:
+def settle(probe_grads: Any, grads: Any, radius: jax.Array) -> Any:
   """The gradient at the probe, fit to be applied.
 
-  Where a leaf of the clean gradient is not finite, neither is the result, whatever
-  the gradient at the probe: what follows in the chain must be able to see it.
+  Where a leaf of the clean gradient is not finite, or the probe is none, the result
+  is NaN, whatever the gradient at the probe: what follows in the chain must be able
+  to see it.
 
   Args:
     probe_grads: gradient at the probe, a pytree like ``grads``.
     grads: the clean gradient.
-    axis_name: mapped axis over which to average, or None.
+    radius: scalar, the probe's distance from the parameters; NaN if there is none.
 
   Returns:
     A pytree with the structure, shapes and dtypes of ``grads``.
@@ -105,10 +106,9 @@ def settle(probe_grads: Any, grads: Any, *, axis_name: Any = None) -> Any:
     dtype = jnp.result_type(g)
     if not jnp.issubdtype(dtype, jnp.floating):
       return g_probe
-    largest = largest_magnitude(g)
-    g_probe = jnp.where(
-      jnp.isfinite(largest), g_probe.astype(dtype), largest.astype(dtype)
-    )
-    return g_probe if axis_name is None else jax.lax.pmean(g_probe, axis_name)
+    # That the result depends on the radius has a second use: XLA then measures it
+    # before an optimizer overwrites donated parameters, and need not copy them.
+    usable = jnp.isfinite(largest_magnitude(g)) & ~jnp.isnan(radius)
+    return jnp.where(usable, g_probe.astype(dtype), jnp.nan)
 
   return jax.tree.map(settle_leaf, probe_grads, grads)

@@ -167,9 +167,10 @@ def sharpness_aware(
     )
     probe = perturb(w, ascent, value_at(rho, state.count), mask=admitted)
     probe_value, probe_grads = evaluate(probe, g, perturbation_dtype is None)
+    radius = distance(probe, w, mask=admitted)
     scalars = {
       'slope': ascent.slope,
-      'radius': distance(probe, w, mask=admitted),
+      'radius': radius,
       'probe_value': probe_value,
       'rise': _rise(value, probe_value),
     }
@@ -181,7 +182,7 @@ def sharpness_aware(
         for name, new in scalars.items()
       },
     )
-    return average(settle(probe_grads, updates)), new_state
+    return average(settle(probe_grads, updates, radius)), new_state
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -49,10 +49,13 @@ def arrays(model, *filters):
 
 def papers_step(model, rho, lr):
   """Parameters after one step of SGD with Monge SAM's gradient, functionally."""
-  graphdef, params, rest = nnx.split(nnx.clone(model), nnx.Param, ...)
+  start = nnx.clone(model)
+  params = nnx.state(start, nnx.Param)
 
   def pure(params):
-    return loss_fn(nnx.merge(graphdef, params, rest, copy=True), X, Y)
+    copy = nnx.clone(start)
+    nnx.update(copy, params)
+    return loss_fn(copy, X, Y)
 
   g = jax.grad(pure)(params)
   n = optax.tree.norm(g)

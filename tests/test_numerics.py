@@ -106,14 +106,10 @@ class Leaf:
 def pairs_of_trees(draw):
   """Gradients and params: nested dicts, lists and tuples, or one bare array.
 
-  Most leaves are of about the same magnitude, so that all of them count.
+  In most trees the leaves are of about one magnitude, so that all of them count.
   """
-  common = draw(st.integers(-28, 28))
-  magnitudes = st.one_of(
-    st.integers(common - 2, common + 2),
-    st.integers(common - 2, common + 2),
-    st.integers(-30, 30),
-  )
+  common, wide = draw(st.integers(-28, 28)), draw(st.integers(0, 3)) == 0
+  magnitudes = st.integers(-30, 30) if wide else st.integers(common - 2, common + 2)
   leaves = st.builds(
     Leaf,
     st.sampled_from(SHAPES),
@@ -137,7 +133,7 @@ def pairs_of_trees(draw):
 
 
 some_examples = hypothesis.settings(
-  max_examples=40,
+  max_examples=25,
   deadline=None,
   derandomize=True,
   database=None,
@@ -218,19 +214,17 @@ def test_zero_gradient_gives_zero(name, dtype):
 
 @every_metric
 def test_derivatives_at_the_zero_gradient_are_zero(name):
-  metric, params = METRICS[name][0], filled(1.0)
+  metric = METRICS[name][0]
 
-  def slope(grads, params):
-    return ascend(metric, grads, params).slope
+  @jax.jit
+  def derivatives(grads, params):
+    _, pullback = jax.vjp(lambda g, w: tuple(ascend(metric, g, w)), grads, params)
+    by_slope = pullback((filled(0.0), jnp.float32(1.0)))
+    by_direction = pullback((filled(1.0), jnp.float32(0.0)))
+    return *by_slope, *by_direction
 
-  def total(grads, params):
-    return sum(
-      jnp.sum(d) for d in jax.tree.leaves(ascend(metric, grads, params).direction)
-    )
-
-  for function in (slope, total):
-    derivatives = jax.grad(function, argnums=(0, 1))(filled(0.0), params)
-    chex.assert_trees_all_equal(derivatives, (filled(0.0), filled(0.0)))
+  for derivative in derivatives(filled(0.0), filled(1.0)):
+    chex.assert_trees_all_equal(derivative, filled(0.0))
 
 
 @every_metric
@@ -239,7 +233,7 @@ def test_derivatives_of_the_slope_where_parts_are_zero(name, x64):
   metric = METRICS[name][0]
   w, g = jnp.array([1.0, -0.5, 2.0]), jnp.array([0.0, 3.0, -1.0])
 
-  derivative = jax.grad(lambda g: ascend(metric, g, w).slope)(g)
+  derivative = jax.jit(jax.grad(lambda g: ascend(metric, g, w).slope))(g)
 
   h = 1e-6
   expected = [
@@ -261,7 +255,7 @@ def test_poison_in_one_leaf_stops_the_others(name):
 # Magnitudes.
 
 
-@pytest.mark.parametrize('magnitude', [1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30])
+@pytest.mark.parametrize('magnitude', [1e-30, 1e-20, 1.0, 1e20, 1e30])
 @every_metric
 def test_gradients_of_all_magnitudes_in_float32(name, magnitude):
   rng = np.random.default_rng(0)
@@ -357,10 +351,9 @@ def test_leaves_of_different_dtypes(name):
   np.testing.assert_allclose(slope, expected_slope, rtol=1e-6)
 
 
-@pytest.mark.parametrize('magnitude', [1e-150, 1e-3, 1.0, 1e3, 1e150])
+@pytest.mark.parametrize('magnitude', [1e-150, 1.0, 1e150])
 @every_metric
 def test_float64_keeps_its_precision(name, magnitude, x64):
-  # Powers of ten stay below the range in which float64's own truth would overflow.
   rng = np.random.default_rng(2)
   grads = {
     key: jnp.asarray(magnitude * rng.normal(size=shape)) for key, shape in TREE.items()

@@ -282,6 +282,17 @@ def test_non_finite_gradient_is_seen_and_not_spread(name, dtype, bad):
   chex.assert_tree_all_finite(state)
 
 
+def test_traced_radius_that_is_nan_is_seen():
+  params = jnp.ones(3)
+  tx = optax.inject_hyperparams(msam_optax.msam)(rho=0.1)
+  state = tx.init(params)
+  state.hyperparams['rho'] = jnp.float32(jnp.nan)
+  updates, _ = jax.jit(lambda s: tx.update(params, s, params, grad_fn=jnp.ones_like))(
+    state
+  )
+  assert np.all(np.isnan(updates))
+
+
 @pytest.mark.standard_promotion
 def test_non_finite_gradient_at_probe_comes_out():
   params, data = mlp_params(), batch()

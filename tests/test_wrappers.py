@@ -106,7 +106,7 @@ def test_inside_mechanize():
   [
     lambda: optax.masked(method(), HIDDEN),
     lambda: optax.partition({'train': method(), 'freeze': optax.set_to_zero()}, LABELS),
-    lambda: optax.selective_transform(method(), freeze_mask=HIDDEN),
+    lambda: optax.transforms.selective_transform(method(), freeze_mask=HIDDEN),
   ],
   ids=['masked', 'partition', 'selective_transform'],
 )
@@ -153,7 +153,9 @@ INNER = {
   'partition': lambda tx: optax.partition(
     {'train': tx, 'freeze': optax.set_to_zero()}, LABELS
   ),
-  'selective_transform': lambda tx: optax.selective_transform(tx, freeze_mask=HIDDEN),
+  'selective_transform': lambda tx: optax.transforms.selective_transform(
+    tx, freeze_mask=HIDDEN
+  ),
   'flatten': optax.flatten,
   'MultiSteps': lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
   'split_real_and_imaginary': optax.contrib.split_real_and_imaginary,

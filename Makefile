@@ -1,0 +1,28 @@
+# Each command sets up what it needs in a fresh environment, $(VENV): Python >= 3.11
+# with pip is all that a machine has to have.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto -m "slow or not slow"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# One environment for both; an extra is installed when a command first needs it.
+$(VENV)/.%: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

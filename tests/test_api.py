@@ -1,0 +1,96 @@
+"""The public names: documented, importable without extras, and none forgotten."""
+
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import msam_optax
+from msam_optax import flax_linen
+from msam_optax import flax_nnx
+from tests.problems import batch
+from tests.problems import loss
+from tests.problems import mlp_params
+
+FUNCTIONS = {
+  name: getattr(msam_optax, name)
+  for name in msam_optax.__all__
+  if inspect.isfunction(getattr(msam_optax, name))
+} | {f'flax_nnx.{f.__name__}': f for f in (flax_nnx.value_and_grad, flax_nnx.grad_fn)}
+TUPLES = {
+  name: getattr(msam_optax, name)
+  for name in msam_optax.__all__
+  if inspect.isclass(getattr(msam_optax, name))
+}
+README = pathlib.Path(__file__).parent.parent / 'README.md'
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_docstring_is_complete(name):
+  doc = inspect.getdoc(FUNCTIONS[name])
+  first = doc.splitlines()[0]
+  assert first.endswith('.')
+  assert {'Returns:', 'Examples:'} <= set(doc.splitlines())
+  assert '>>>' in doc
+  described = doc[: doc.index('Returns:')]
+  for parameter in inspect.signature(FUNCTIONS[name]).parameters:
+    assert re.search(rf'^ +\*{{0,2}}{parameter}: ', described, re.M), parameter
+
+
+@pytest.mark.parametrize('name', TUPLES)
+def test_every_field_is_described(name):
+  doc = inspect.getdoc(TUPLES[name])
+  described = doc[doc.index('Attributes:') :]
+  for field in TUPLES[name]._fields:
+    assert f'{field}: ' in described
+
+
+def test_monge_is_named_where_abbreviations_could_mislead():
+  """MSAM also names Momentum-SAM in the literature."""
+  for what in (msam_optax, msam_optax.msam):
+    assert 'Monge' in inspect.getdoc(what).splitlines()[0]
+  assert 'Monge' in README.read_text().splitlines()[2]
+
+
+def test_all_is_what_is_public():
+  public = {
+    name
+    for name, value in vars(msam_optax).items()
+    if not name.startswith('_') and not inspect.ismodule(value)
+  }
+  assert public == set(msam_optax.__all__)
+  assert issubclass(flax_linen.TrainState, object)
+
+
+def test_import_is_light():
+  """Neither Flax nor a plotting library, and no device is touched."""
+  check = (
+    'import sys, msam_optax, jax._src.xla_bridge as b;'
+    ' print([m for m in ("flax", "matplotlib", "sklearn") if m in sys.modules],'
+    ' b.backends_are_initialized())'
+  )
+  out = subprocess.run(
+    [sys.executable, '-c', check], capture_output=True, text=True, check=True
+  )
+  assert out.stdout.strip() == '[] False'
+
+
+def code_blocks():
+  return re.findall(r'```python\n(.*?)```', README.read_text(), re.S)
+
+
+@pytest.mark.standard_promotion
+def test_readme_code_runs_as_pasted(capsys):
+  """The blocks build on each other, as a reader takes them."""
+  data, start = [batch()] * 100, mlp_params()
+  namespace = {'loss_fn': loss, 'params': start, 'batches': data}
+  blocks = code_blocks()
+  assert len(blocks) == 4
+  for block in blocks:
+    exec(compile(block, 'README.md', 'exec'), namespace)
+  assert namespace['loss'] < 0.5 * loss(start, data[0])
+  assert namespace['nnx_loss'] < 0.8
+  assert 'rise' in capsys.readouterr().out
