@@ -26,7 +26,8 @@ def perturb(
   Args:
     params: pytree of arrays; the leaves to be moved are real floating point.
     ascent: the direction, a pytree like ``params``, and slope under some metric.
-    rho: ``ρ``, scalar, the length of the perturbation under that metric.
+    rho: ``ρ``, scalar, the length of the perturbation under that metric; downhill
+      where it is negative.
     mask: which leaves are moved, a tree of bools like ``params`` (or a prefix) or
       a function from params to one; by default all.
 
@@ -83,7 +84,9 @@ def distance(probe: Any, params: Any, *, mask: Any = None) -> jax.Array:
     for moved, p, w in pairs
     if moved
   ]
-  return jnp.sqrt(sum(squares, jnp.zeros([], dtype)))
+  total = sum(squares, jnp.zeros([], dtype))
+  # Both branches finite, so that the derivative where nothing moved is 0, not NaN.
+  return jnp.where(total == 0, 0.0, jnp.sqrt(jnp.where(total == 0, 1.0, total)))
 
 
 def settle(probe_grads: Any, grads: Any, radius: jax.Array) -> Any:
