@@ -5,33 +5,39 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 Hyperparameter = float | jax.Array | np.ndarray | Callable[[Any], Any]
 
 
 def check_hyperparameter(name: str, value: Hyperparameter) -> None:
-  """Raises unless ``value`` is a finite scalar >= 0, a schedule, or traced.
+  """Raises unless ``value`` is a finite scalar >= 0 or a schedule.
 
-  What a schedule returns and what a traced array holds is not known when a
-  method is built, so it is not looked at.
+  What a schedule returns is not known when a method is built, so it is not looked at.
 
   Args:
     name: the argument's name, for the message.
     value: what the user passed.
 
   Raises:
-    TypeError: if it is no number, array or callable.
+    TypeError: if it is no real number, array or callable.
     ValueError: if it is negative, infinite, NaN, or not a scalar.
   """
-  if callable(value) or isinstance(value, jax.core.Tracer):
+  if not callable(value):
+    check_number(name, value, expected='a real number, an array or an Optax schedule')
+
+
+def check_number(
+  name: str, value: Any, *, expected: str = 'a real number or an array'
+) -> None:
+  """Raises unless ``value`` is a finite scalar >= 0; a traced one is not looked at."""
+  if isinstance(value, jax.core.Tracer):
     return
-  try:
-    number = np.asarray(value, dtype=np.float64)
-  except (TypeError, ValueError) as error:
-    raise TypeError(
-      f'`{name}` must be a number, an array or an Optax schedule, got {value!r}.'
-    ) from error
+  number = np.asarray(value)
+  is_real = jnp.issubdtype(number.dtype, jnp.floating)
+  if not (is_real or jnp.issubdtype(number.dtype, jnp.integer)):
+    raise TypeError(f'`{name}` must be {expected}, got {value!r}.')
   if number.shape:
     raise ValueError(f'`{name}` must be a scalar, got shape {number.shape}.')
   if not (np.isfinite(number) and number >= 0):

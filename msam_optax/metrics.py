@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax.hyperparameters import check_hyperparameter
+from msam_optax.hyperparameters import check_number
 from msam_optax.hyperparameters import Hyperparameter
 from msam_optax.masks import resolve_mask
-from msam_optax.numerics import tree_norm
+from msam_optax.numerics import normalize
+from msam_optax.numerics import wide_dtype
 from msam_optax.numerics import widen
 
 
@@ -32,7 +34,8 @@ class Ascent(NamedTuple):
 
   Attributes:
     direction: pytree like the gradients, in their dtypes: ``G⁻¹g/√(gᵀG⁻¹g)``, of
-      length one under ``G``; zero where the gradient is zero or not finite.
+      length one under ``G``; zero where the gradient is zero or not finite, or its
+      length is too large or too small for a normal floating-point number.
     slope: scalar, float32 or wider: ``√(gᵀG⁻¹g) = ⟨g, direction⟩``, the rise in
       the loss per unit of radius; zero where the direction is.
   """
@@ -70,17 +73,14 @@ def _diagonal(scale: Callable[[Any, Any], Any]) -> Metric:
   """The metric ``G = T⁻²`` for ``T = scale(grads, params)``, without state."""
 
   def ascend(grads, state, params):
-    T = scale(grads, params)  # pylint: disable=invalid-name
-    h = jax.tree.map(lambda t, g: t * widen(g), T, grads)
-    norm = tree_norm(h)
-    usable = norm > 0
-    divisor = jnp.where(usable, norm, 1.0)
+    dtype = wide_dtype(grads)
+    T = jax.tree.map(lambda t: jnp.asarray(t, dtype), scale(grads, params))
+    h = jax.tree.map(lambda t, g: t * jnp.asarray(g, dtype), T, grads)
+    unit, norm = normalize(h)
     direction = jax.tree.map(
-      lambda t, h, g: jnp.where(usable, t * (h / divisor.astype(h.dtype)), 0.0).astype(
-        g.dtype
-      ),
+      lambda t, u, g: jnp.where(norm > 0, t * u, 0.0).astype(jnp.result_type(g)),
       T,
-      h,
+      unit,
       grads,
     )
     return Ascent(direction, norm), state
@@ -145,9 +145,9 @@ def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
     Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
     Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
   """
-  check_hyperparameter('eta', eta)
+  check_number('eta', eta)
   if weights is None:
-    weights = functools.partial(jax.tree.map, lambda w: jnp.ndim(w) >= 2)
+    weights = functools.partial(jax.tree.map, _is_weight)
 
   def scale(grads, params):
     del grads
@@ -193,7 +193,7 @@ def diagonal_fisher(eta: float | jax.Array = 1.0) -> Metric:
     Kim et al., `Fisher SAM: Information Geometry and Sharpness Aware Minimisation
     <https://arxiv.org/abs/2206.04920>`_, 2022
   """
-  check_hyperparameter('eta', eta)
+  check_number('eta', eta)
 
   def scale(grads, params):
     del params
@@ -272,6 +272,10 @@ def monge(alpha: Hyperparameter = 1.0, base: Metric = euclidean()) -> Metric:
   return Metric(init, ascend)
 
 
+def _is_weight(w):
+  return jnp.ndim(w) >= 2 and jnp.issubdtype(jnp.result_type(w), jnp.floating)
+
+
 def check_metric(name: str, metric: Any) -> None:
   """Raises unless ``metric`` is a :class:`Metric`."""
   if not isinstance(metric, Metric):
@@ -283,14 +287,14 @@ def check_metric(name: str, metric: Any) -> None:
 def _add_gradient_outer_product(ascent: Ascent, alpha: Any) -> Ascent:
   s = ascent.slope
   alpha = widen(alpha, like=s)
-  factor = 1.0 / jnp.hypot(1.0, alpha * s)
-  # s/√(1 + α²s²), written so that it tends to 1/α where α s overflows.
-  positive = s > 0
-  slope = 1.0 / jnp.hypot(1.0 / jnp.where(positive, s, 1.0), alpha)
-  return Ascent(
-    jax.tree.map(
-      lambda d: (widen(d) * widen(factor, like=d)).astype(d.dtype),
-      ascent.direction,
+  # Beyond the largest number the direction is 0 and the slope its limit, 1/α.
+  finite = jnp.isfinite(alpha * s)
+  factor = 1.0 / jnp.hypot(1.0, jnp.where(finite, alpha * s, 0.0))
+  direction = jax.tree.map(
+    lambda d: jnp.where(finite, widen(d) * factor.astype(wide_dtype(d)), 0.0).astype(
+      d.dtype
     ),
-    jnp.where(positive, slope, 0.0),
+    ascent.direction,
   )
+  limit = 1.0 / jnp.where(finite, 1.0, alpha)
+  return Ascent(direction, jnp.where(finite, s * factor, limit))

@@ -7,21 +7,29 @@ import jax
 import jax.numpy as jnp
 
 
-def tree_norm(tree: Any) -> jax.Array:
-  """The tree's Euclidean norm, scaled by its largest magnitude; 0 if not finite."""
+def normalize(tree: Any) -> tuple[Any, jax.Array]:
+  """The tree divided by its Euclidean norm, and the norm.
+
+  All is scaled by the largest magnitude first, so that no square over- or underflows.
+
+  Args:
+    tree: pytree of real floating-point arrays, all of the same dtype.
+
+  Returns:
+    The tree of length one, and the norm, a scalar; zeros, both, where the norm is
+    zero or not finite.
+  """
   leaves, dtype = jax.tree.leaves(tree), wide_dtype(tree)
-  largest = functools.reduce(
-    jnp.maximum,
-    [largest_magnitude(x).astype(dtype) for x in leaves],
-    jnp.zeros([], dtype),
-  )
+  zero = jnp.zeros([], dtype)
+  largest = functools.reduce(jnp.maximum, map(largest_magnitude, leaves), zero)
   usable = (largest > 0) & jnp.isfinite(largest)
+  # The results do not depend on the scale, so their derivatives need not know it.
   scale = jax.lax.stop_gradient(jnp.where(usable, largest, 1.0))
-  squares = sum(
-    jnp.sum(jnp.square(x / scale.astype(x.dtype))).astype(dtype) for x in leaves
-  )
-  norm = scale * jnp.sqrt(jnp.where(usable, squares, 1.0))
-  return jnp.where(usable & jnp.isfinite(norm), norm, 0.0)
+  squares = sum((jnp.sum(jnp.square(x / scale)) for x in leaves), zero)
+  root = jnp.sqrt(jnp.where(usable, squares, 1.0))
+  usable &= jnp.isfinite(scale * root)
+  unit = jax.tree.map(lambda x: jnp.where(usable, x / scale / root, 0.0), tree)
+  return unit, jnp.where(usable, scale * root, 0.0)
 
 
 def largest_magnitude(x: jax.Array) -> jax.Array:

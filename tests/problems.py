@@ -12,14 +12,19 @@ def mlp_params(dtype=jnp.float32):
       'kernel': jax.random.normal(k1, (3, 5), dtype),
       'bias': 0.1 * jax.random.normal(k2, (5,), dtype),
     },
-    'out': {'kernel': jax.random.normal(k3, (5, 2), dtype), 'bias': jnp.zeros(2, dtype)},
+    'out': {
+      'kernel': jax.random.normal(k3, (5, 2), dtype),
+      'bias': jnp.zeros(2, dtype),
+    },
   }
 
 
 def batch(step=0, size=8, dtype=jnp.float32):
   """Inputs ``[size, 3]`` and targets ``[size, 2]`` that depend on the step only."""
   kx, ky = jax.random.split(jax.random.fold_in(jax.random.key(1), step))
-  return jax.random.normal(kx, (size, 3), dtype), jax.random.normal(ky, (size, 2), dtype)
+  return jax.random.normal(kx, (size, 3), dtype), jax.random.normal(
+    ky, (size, 2), dtype
+  )
 
 
 def loss(params, data):

@@ -42,8 +42,16 @@ def test_hyperparameter_out_of_bounds(name, make, value):
 
 
 def test_hyperparameter_of_wrong_kind():
-  with pytest.raises(TypeError, match='`rho` must be a number, an array or an Optax'):
+  with pytest.raises(
+    TypeError, match='`rho` must be a real number, an array or an Optax'
+  ):
     msam(rho='large')
+  for value in ('1.0', None, 1j, jnp.array(1j)):
+    with pytest.raises(TypeError, match='`alpha` must be a real number, an array'):
+      msam(alpha=value)
+  for make in (msam_optax.asam, msam_optax.fisher_sam):
+    with pytest.raises(TypeError, match='`eta` must be a real number or an array, got'):
+      make(eta=optax.constant_schedule(1.0))
   with pytest.raises(ValueError, match=r'`alpha` must be a scalar, got shape \(2,\)'):
     msam(alpha=jnp.ones(2))
 

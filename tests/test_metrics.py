@@ -502,9 +502,9 @@ def test_state_of_a_schedule_can_be_carried_by_scan(inner):
     (np.array(-2.0), ValueError, r'finite and >= 0, got .*-2\.'),
     ([1.0, 2.0], ValueError, r'must be a scalar, got shape \(2,\)'),
     (np.ones((1, 1)), ValueError, r'must be a scalar, got shape \(1, 1\)'),
-    ('much', TypeError, "must be a number.* got 'much'"),
-    (1j, TypeError, 'must be a number.* got 1j'),
-    ({'a': 1.0}, TypeError, r"must be a number.* got \{'a': 1\.0\}"),
+    ('much', TypeError, "must be a real number.* got 'much'"),
+    (1j, TypeError, 'must be a real number.* got 1j'),
+    ({'a': 1.0}, TypeError, r"must be a real number.* got \{'a': 1\.0\}"),
   ],
   ids=[
     '-1.0',

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from msam_optax import adaptive
+from msam_optax import asam
 from msam_optax import diagonal_fisher
 from msam_optax import euclidean
 from msam_optax import monge
@@ -421,3 +423,43 @@ def test_numpy_arrays_are_as_good_as_arrays_of_jax():
     direction['w'], np.array([0.6, 0.8]) / np.sqrt(2), rtol=1e-6
   )
   np.testing.assert_allclose(slope, 1 / np.sqrt(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize('magnitude', [1e-30, 1e-20, 1.0])
+@pytest.mark.parametrize('name', ['slope', 'direction'])
+def test_derivative_where_squares_underflow(name, magnitude):
+  """Of ``n/√(1+n²)`` and ``g₀/(n√(1+n²))`` at ``n = 5 magnitude``, in float64."""
+
+  def of(g):
+    ascent, _ = monge().ascend(g, optax.EmptyState(), None)
+    return ascent.slope if name == 'slope' else ascent.direction[0]
+
+  g = magnitude * np.array([3.0, 4.0])
+  n = 5 * magnitude
+  phi, phi_n = (1 + n**2) ** -0.5, -n * (1 + n**2) ** -1.5
+  u = g / n
+  if name == 'slope':
+    exact = u * (1 + n**2) ** -1.5
+  else:
+    exact = phi / n * (np.array([1.0, 0.0]) - u * u[0]) + phi_n * u[0] * u
+  with np.errstate(under='ignore'):
+    derivative = jax.grad(of)(jnp.asarray(g, jnp.float32))
+  np.testing.assert_allclose(derivative, exact, rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.usefixtures('x64')
+def test_tiny_float64_beside_float32():
+  tree = {'a': jnp.full(2, 3e-60), 'b': jnp.zeros(2, jnp.float32)}
+  ascent, _ = euclidean().ascend(tree, optax.EmptyState(), None)
+  np.testing.assert_allclose(ascent.slope, 3e-60 * np.sqrt(2), rtol=1e-12)
+  np.testing.assert_allclose(ascent.direction['a'], np.sqrt(0.5), rtol=1e-12)
+  assert ascent.direction['b'].dtype == jnp.float32
+
+
+def test_key_leaf_of_two_dimensions_passes_where_masked_out():
+  keys = jax.random.split(jax.random.key(0), 4).reshape(2, 2)
+  params = {'w': jnp.ones((2, 2)), 'keys': keys}
+  grads = {'w': jnp.ones((2, 2)), 'keys': jnp.zeros((2, 2))}
+  tx = asam(mask={'w': True, 'keys': False})
+  _, state = tx.update(grads, tx.init(params), params, grad_fn=lambda p: grads)
+  assert state.radius > 0
