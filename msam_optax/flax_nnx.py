@@ -83,7 +83,7 @@ def value_and_grad(
   clean = nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
 
   @functools.wraps(loss_fn)
-  def value_and_grad_fn(*args, **kwargs):
+  def value_and_grad_at_probe(*args, **kwargs):
     # The clean pass changes variables (statistics, counters): copy them before.
     start = nnx.clone(args)
     at_probe = grad_fn(loss_fn, *start, argnums=argnums, has_aux=has_aux, **kwargs)
@@ -93,7 +93,7 @@ def value_and_grad(
     grads, _ = tx.update(grads, tx.init(params), params, grad_fn=at_probe)
     return value, grads
 
-  return value_and_grad_fn
+  return value_and_grad_at_probe
 
 
 def grad_fn(
@@ -137,17 +137,53 @@ def grad_fn(
     ...   return loss
     >>> loss = train_step(model, optimizer, jnp.ones((4, 2)), jnp.ones((4, 1)))
   """
-  take = nnx.grad(loss_fn, argnums=argnums, has_aux=has_aux)
+  take = value_and_grad_fn(loss_fn, *args, argnums=argnums, has_aux=has_aux, **kwargs)
+  return lambda params: take(params)[1]
+
+
+def value_and_grad_fn(
+  loss_fn: Callable[..., Any],
+  *args: Any,
+  argnums: int | nnx.DiffState = 0,
+  has_aux: bool = False,
+  **kwargs: Any,
+) -> Callable[[Any], tuple[jax.Array, Any]]:
+  """Like :func:`grad_fn`, with the loss, so that it is recorded at the probe.
+
+  Args:
+    loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
+    *args: the model, and what else ``loss_fn`` takes.
+    argnums: the position of the model, or ``nnx.DiffState(position, filter)``.
+    has_aux: whether ``loss_fn`` returns ``(scalar, aux)``; aux is dropped.
+    **kwargs: keyword arguments of ``loss_fn``.
+
+  Returns:
+    A function from the model's parameters to the loss and its gradients.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp, optax
+    >>> from msam_optax import flax_nnx, sam
+    >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
+    >>> optimizer = nnx.Optimizer(model, sam(rho=0.05), wrt=nnx.Param)
+    >>> loss_fn = lambda model: jnp.sum(model.kernel[...])
+    >>> take = flax_nnx.value_and_grad_fn(loss_fn, model)
+    >>> loss, grads = nnx.value_and_grad(loss_fn)(model)
+    >>> _ = optimizer.update(model, grads, value_and_grad_fn=take, value=loss)
+    >>> print(f"{optax.tree.get(optimizer.opt_state, 'rise')[...]:.4f}")  # 0.05·√2
+    0.0707
+  """
+  take = nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
   start = nnx.clone((args, kwargs))
 
-  def grad_at(params):
+  def take_at(params):
     new_args, new_kwargs = nnx.clone(start)
     nnx.update(new_args[_position(argnums)], params)
-    result = take(*new_args, **new_kwargs)
-    grads = result[0] if has_aux else result
-    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+    value, grads = take(*new_args, **new_kwargs)
+    grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+    return value[0] if has_aux else value, grads
 
-  return grad_at
+  return take_at
 
 
 def _position(argnums):

@@ -19,7 +19,10 @@ FUNCTIONS = {
   name: getattr(msam_optax, name)
   for name in msam_optax.__all__
   if inspect.isfunction(getattr(msam_optax, name))
-} | {f'flax_nnx.{f.__name__}': f for f in (flax_nnx.value_and_grad, flax_nnx.grad_fn)}
+} | {
+  f'flax_nnx.{f.__name__}': f
+  for f in (flax_nnx.value_and_grad, flax_nnx.grad_fn, flax_nnx.value_and_grad_fn)
+}
 TUPLES = {
   name: getattr(msam_optax, name)
   for name in msam_optax.__all__

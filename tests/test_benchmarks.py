@@ -8,9 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-pytest.importorskip('flax')
-pytest.importorskip('sklearn')
-
 from benchmarks import cost
 from benchmarks import cost_models
 from benchmarks import cost_steps
@@ -18,19 +15,13 @@ from benchmarks import demo
 from benchmarks import demo_data
 from benchmarks import demo_report
 
+pytestmark = pytest.mark.standard_promotion
+
 NAMES = (cost.HAND, cost.OPAQUE, *cost.OURS)
 SMALL = {
   'transformer': lambda: cost_models.transformer(width=64, layers=1),
   'conv net': lambda: cost_models.conv_net(layers=2),
 }
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion(strict_promotion):
-  """Flax promotes ranks by itself."""
-  del strict_promotion
-  jax.config.update('jax_numpy_dtype_promotion', 'standard')
-  jax.config.update('jax_numpy_rank_promotion', 'allow')
 
 
 def assert_bars_hold(problem, names):

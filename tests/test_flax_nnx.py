@@ -173,6 +173,24 @@ def test_only_chosen_variables_are_trained():
   chex.assert_trees_all_close(moved, jax.tree.leaves(grads), rtol=1e-4, atol=1e-6)
 
 
+def test_rise_is_recorded_with_auxiliary_output():
+  def with_aux(model, x, y):
+    return loss_fn(model, x, y), 'aux'
+
+  model, rho = make(), 0.5
+  optimizer = nnx.Optimizer(model, msam(rho=rho), wrt=nnx.Param)
+  start = nnx.clone(model)
+  take = flax_nnx.value_and_grad_fn(with_aux, model, X, Y, has_aux=True)
+  (loss, _), grads = nnx.value_and_grad(with_aux, has_aux=True)(model, X, Y)
+  n = optax.tree.norm(grads)
+  moved = nnx.clone(start)
+  delta = jax.tree.map(lambda g: rho * g / (n * jnp.sqrt(1 + n**2)), grads)
+  nnx.update(moved, jax.tree.map(jnp.add, nnx.state(start, nnx.Param), delta))
+  optimizer.update(model, grads, value_and_grad_fn=take, value=loss)
+  rise = optax.tree.get(optimizer.opt_state, 'rise')[...]
+  np.testing.assert_allclose(rise, loss_fn(moved, X, Y) - loss, rtol=1e-4)
+
+
 def test_mask_leaves_biases_alone():
   kernels = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
   model = make()

@@ -1,0 +1,1 @@
+"""Experiments and costs, each run with `python -m benchmarks.<name>`."""

@@ -1,0 +1,117 @@
+"""The two networks whose steps are weighed: a transformer and a convolutional net."""
+
+from collections.abc import Callable
+import functools
+import itertools
+from typing import Any
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Problem(NamedTuple):
+  """A loss with parameters and a batch to take it at.
+
+  Attributes:
+    loss: ``(params, batch) -> scalar``, the mean cross entropy.
+    params: pytree of float32 arrays.
+    batch: inputs and integer labels.
+  """
+
+  loss: Callable[[Any, Any], jax.Array]
+  params: Any
+  batch: Any
+
+
+class Block(nnx.Module):
+  """A pre-norm transformer block."""
+
+  def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+    self.norm_1 = nnx.LayerNorm(width, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+    self.norm_2 = nnx.LayerNorm(width, rngs=rngs)
+    self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+    self.down = nnx.Linear(4 * width, width, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    causal = nnx.make_causal_mask(x[..., 0])
+    x = x + self.attention(self.norm_1(x), mask=causal)
+    return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
+
+
+class Transformer(nnx.Module):
+  """A decoder that predicts the next of ``vocabulary`` tokens."""
+
+  def __init__(
+    self, vocabulary: int, length: int, width: int, layers: int, *, rngs: nnx.Rngs
+  ):
+    self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+    self.position = nnx.Embed(length, width, rngs=rngs)
+    self.blocks = nnx.List([Block(width, 4, rngs=rngs) for _ in range(layers)])
+    self.norm = nnx.LayerNorm(width, rngs=rngs)
+    self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    x = self.embed(tokens) + self.position(jnp.arange(tokens.shape[-1]))[None]
+    for block in self.blocks:
+      x = block(x)
+    return self.head(self.norm(x))
+
+
+class ConvNet(nnx.Module):
+  """Convolutions with GroupNorm, and a dense layer."""
+
+  def __init__(self, width: int, layers: int, classes: int, *, rngs: nnx.Rngs):
+    sizes = [1, *(2**i * width for i in range(layers))]
+    self.convs = nnx.List(
+      [
+        nnx.Conv(n, m, (3, 3), strides=1 if n == 1 else 2, rngs=rngs)
+        for n, m in itertools.pairwise(sizes)
+      ]
+    )
+    self.norms = nnx.List(
+      [nnx.GroupNorm(m, num_groups=4, rngs=rngs) for m in sizes[1:]]
+    )
+    self.head = nnx.Linear(sizes[-1], classes, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for conv, norm in zip(self.convs, self.norms, strict=True):
+      x = nnx.relu(norm(conv(x)))
+    return self.head(x.mean(axis=(1, 2)))
+
+
+def transformer(
+  *,
+  vocabulary: int = 256,
+  length: int = 64,
+  width: int = 128,
+  layers: int = 2,
+  batch=16,
+) -> Problem:
+  """A decoder-only transformer on random tokens."""
+  tokens = jax.random.randint(jax.random.key(0), (batch, length + 1), 0, vocabulary)
+  model = Transformer(vocabulary, length, width, layers, rngs=nnx.Rngs(0))
+  return _problem(model, (tokens[:, :-1], tokens[:, 1:]))
+
+
+def conv_net(
+  *, size: int = 28, width: int = 16, layers: int = 3, classes: int = 10, batch=64
+) -> Problem:
+  """A convolutional net on random images."""
+  images = jax.random.normal(jax.random.key(0), (batch, size, size, 1))
+  labels = jax.random.randint(jax.random.key(1), (batch,), 0, classes)
+  return _problem(ConvNet(width, layers, classes, rngs=nnx.Rngs(0)), (images, labels))
+
+
+def _problem(model: nnx.Module, batch: Any) -> Problem:
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  return Problem(functools.partial(_cross_entropy, graph, rest), params, batch)
+
+
+def _cross_entropy(graph, rest, params, batch):
+  x, y = batch
+  logits = nnx.merge(graph, params, rest)(x)
+  return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()

@@ -1,0 +1,105 @@
+"""A training that is killed and resumed, as a program of its own.
+
+``python -m tests.conformance.resumable <name> <directory> kill`` trains half of the
+steps, saves, and is killed; ``… resume`` goes on from there in another process and
+saves the end.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+import msam_optax
+from tests.conformance.methods import make_method
+from tests.conformance.methods import METHODS
+
+HALF, STEPS = 5, 10
+
+_SCHEDULE = optax.cosine_decay_schedule(0.2, STEPS)
+
+# What stands before Adam: each method, and Monge SAM with all that can have a state.
+TRANSFORMATIONS = {
+  **{name: make_method(name) for name in METHODS},
+  'rho_schedule': msam_optax.msam(_SCHEDULE),
+  'alpha_schedule': msam_optax.msam(_SCHEDULE, alpha=_SCHEDULE),
+  'inject_hyperparams': optax.inject_hyperparams(msam_optax.msam)(
+    rho=_SCHEDULE, alpha=0.5
+  ),
+}
+
+
+def make_tx(name: str) -> optax.GradientTransformationExtraArgs:
+  return optax.chain(TRANSFORMATIONS[name], optax.adam(_SCHEDULE))
+
+
+def init(name: str) -> tuple[Any, Any]:
+  """The params of a small network, and the optimizer's state."""
+  rng = np.random.default_rng(0)
+  params = {
+    'hidden': {'kernel': rng.normal(size=(2, 16)), 'bias': np.zeros(16)},
+    'out': {'kernel': rng.normal(size=(16, 2)), 'bias': np.zeros(2)},
+  }
+  params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), params)
+  return params, make_tx(name).init(params)
+
+
+def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+  """Points in the plane, and whether they are inside the unit circle."""
+  x = np.random.default_rng([1, step]).normal(size=(32, 2)).astype(np.float32)
+  return x, (np.linalg.norm(x, axis=1) < 1).astype(np.int32)
+
+
+def loss_fn(params: Any, x: jax.Array, inside: jax.Array) -> jax.Array:
+  hidden = jnp.tanh(x @ params['hidden']['kernel'] + params['hidden']['bias'])
+  logits = hidden @ params['out']['kernel'] + params['out']['bias']
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, inside)
+  return jnp.mean(losses)
+
+
+def train(name: str, carry: tuple[Any, Any], first: int, last: int) -> tuple[Any, Any]:
+  """The params and state after the steps ``first`` to ``last``, excluded."""
+  tx = make_tx(name)
+
+  @jax.jit
+  def train_step(params, state, x, inside):
+    value_and_grad_fn = lambda params: jax.value_and_grad(loss_fn)(params, x, inside)
+    value, grads = value_and_grad_fn(params)
+    updates, state = tx.update(
+      grads, state, params, value=value, value_and_grad_fn=value_and_grad_fn
+    )
+    return optax.apply_updates(params, updates), state
+
+  for step in range(first, last):
+    carry = train_step(*carry, *batch(step))
+  return carry
+
+
+def save(path: pathlib.Path, tree: Any) -> None:
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path, tree)
+
+
+def restore(path: pathlib.Path, like: Any) -> Any:
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(path, jax.eval_shape(lambda: like))
+
+
+def main(name: str, directory: str, action: str) -> None:
+  half, end = (pathlib.Path(directory) / x for x in ('half', 'end'))
+  if action == 'kill':
+    save(half, train(name, init(name), 0, HALF))
+    os.kill(os.getpid(), signal.SIGKILL)
+  else:
+    save(end, train(name, restore(half, init(name)), HALF, STEPS))
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

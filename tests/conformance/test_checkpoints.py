@@ -1,0 +1,84 @@
+"""What is saved comes back, and a run that was killed goes on as if it had not been."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import chex
+from flax import serialization
+import pytest
+
+from tests.conformance import resumable
+from tests.conformance.resumable import TRANSFORMATIONS
+from tests.conformance.training import cases
+
+pytestmark = pytest.mark.standard_promotion
+
+# A plain run takes Monge SAM with all that it can keep in its state.
+MONGE = ('msam', 'rho_schedule', 'alpha_schedule', 'inject_hyperparams')
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def through_orbax(tree, like, directory):
+  resumable.save(directory / 'checkpoint', tree)
+  return resumable.restore(directory / 'checkpoint', like)
+
+
+def through_bytes(tree, like, directory):
+  path = directory / 'checkpoint.msgpack'
+  path.write_bytes(serialization.to_bytes(tree))
+  return serialization.from_bytes(like, path.read_bytes())
+
+
+def through_state_dict(tree, like, directory):
+  del directory
+  return serialization.from_state_dict(like, serialization.to_state_dict(tree))
+
+
+ROUTES = {
+  'orbax': through_orbax,
+  'flax_bytes': through_bytes,
+  'flax_state_dict': through_state_dict,
+}
+
+
+def run(name, directory, action):
+  command = [sys.executable, '-m', resumable.__name__, name, str(directory), action]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def assert_identical(tree, expected):
+  """Structure, shapes, dtypes, and every bit."""
+  chex.assert_trees_all_equal_structs(tree, expected)
+  chex.assert_trees_all_equal(tree, expected, strict=True)
+
+
+@pytest.fixture(
+  scope='module',
+  params=cases(TRANSFORMATIONS, default=lambda name: name in MONGE),
+)
+def trained(request):
+  """Params and state before the first step and after some, once per transformation."""
+  first = resumable.init(request.param)
+  return first, resumable.train(request.param, first, 0, 2)
+
+
+@pytest.mark.parametrize('route', ROUTES)
+def test_round_trip(trained, route, tmp_path):
+  first, last = trained
+  assert_identical(ROUTES[route](last, first, tmp_path), last)
+
+
+@pytest.mark.parametrize(
+  'name', cases(TRANSFORMATIONS, default=lambda name: name == 'alpha_schedule')
+)
+def test_killed_run_resumes_bit_for_bit(name, tmp_path):
+  killed = run(name, tmp_path, 'kill')
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  resumed = run(name, tmp_path, 'resume')
+  assert resumed.returncode == 0, resumed.stderr
+  uninterrupted = resumable.train(name, resumable.init(name), 0, resumable.STEPS)
+  result = resumable.restore(tmp_path / 'end', uninterrupted)
+  assert_identical(result, uninterrupted)

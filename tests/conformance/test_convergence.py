@@ -1,0 +1,62 @@
+"""A method before an optimizer goes where the optimizer goes.
+
+At a constant radius a sharpness-aware method stays off the minimum, by up to the
+order of the radius (in Rosenbrock's valley by several times as much), so the radius
+goes to zero during the first quarter of the training.
+"""
+
+import chex
+import jax
+import optax
+import pytest
+
+from tests.conformance.methods import make_method
+from tests.conformance.methods import METHODS
+from tests.conformance.optimizers import OPTIMIZERS
+from tests.conformance.targets import TARGETS
+from tests.conformance.training import cases
+from tests.conformance.training import DEFAULT_METHODS
+from tests.conformance.training import make_step
+
+pytestmark = [
+  pytest.mark.standard_promotion,
+  pytest.mark.filterwarnings('ignore:.*use `optimistic_adam_:DeprecationWarning'),
+]
+
+
+# The hardest target, and the one with leaves of one and of two dimensions.
+DEFAULT_TARGETS = ('rosenbrock', 'mixed')
+
+
+@pytest.mark.parametrize(
+  ('method', 'optimizer', 'target'),
+  cases(
+    DEFAULT_METHODS,
+    OPTIMIZERS,
+    TARGETS,
+    default=lambda method, optimizer, target: target in DEFAULT_TARGETS,
+  )
+  + cases(
+    [name for name in METHODS if name not in DEFAULT_METHODS],
+    OPTIMIZERS,
+    DEFAULT_TARGETS,
+    default=lambda *_: False,
+  ),
+)
+def test_converges(method, optimizer, target):
+  optimizer, target = OPTIMIZERS[optimizer], TARGETS[target]
+  rho = optax.linear_schedule(0.05, 0.0, 5_000)
+  tx = optax.chain(make_method(method, rho), optimizer.make())
+  step = make_step(tx, optimizer, target)
+
+  @jax.jit
+  def train(params):
+    carry = (params, tx.init(params))
+    return jax.lax.scan(
+      lambda carry, _: (step(*carry)[:2], None), carry, length=optimizer.steps
+    )[0]
+
+  params, (_, state) = train(target.params())
+  chex.assert_trees_all_close(
+    optimizer.eval_params(state, params), target.minimum, rtol=3e-2, atol=3e-2
+  )
