@@ -132,7 +132,10 @@ def main(argv: list[str] | None = None) -> None:
   (args.out / 'demo.json').write_text(json.dumps(results, indent=2) + '\n')
   (args.out / 'demo.md').write_text(markdown(results))
   draw(results, args.out / 'demo.png')
-  show(results, Console())
+  console = Console()
+  show(results, console)
+  for name in ('demo.png', 'demo.md', 'demo.json'):
+    console.print(f'Written: {args.out / name}', highlight=False)
 
 
 def _row(cell: Cell, runs: list[Any]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ FUNCTIONS = {
   for name in msam_optax.__all__
   if inspect.isfunction(getattr(msam_optax, name))
 } | {
-  f'flax_nnx.{f.__name__}': f
-  for f in (flax_nnx.value_and_grad, flax_nnx.grad_fn, flax_nnx.value_and_grad_fn)
+  f'flax_nnx.{name}': getattr(flax_nnx, name)
+  for name in ('value_and_grad', 'grad_fn', 'value_and_grad_fn')
 }
 TUPLES = {
   name: getattr(msam_optax, name)
