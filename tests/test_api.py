@@ -11,6 +11,8 @@ import pytest
 import msam_optax
 from msam_optax import flax_linen
 from msam_optax import flax_nnx
+from msam_optax import landscape
+from msam_optax import sharpness
 from tests.problems import batch
 from tests.problems import loss
 from tests.problems import mlp_params
@@ -23,11 +25,19 @@ FUNCTIONS = {
   f'flax_nnx.{name}': getattr(flax_nnx, name)
   for name in ('value_and_grad', 'grad_fn', 'value_and_grad_fn')
 }
+FUNCTIONS |= {
+  f'{module.__name__}.{name}': function
+  for module in (sharpness, landscape)
+  for name, function in vars(module).items()
+  if inspect.isfunction(function)
+  and function.__module__ == module.__name__
+  and not name.startswith('_')
+}
 TUPLES = {
   name: getattr(msam_optax, name)
   for name in msam_optax.__all__
   if inspect.isclass(getattr(msam_optax, name))
-}
+} | {'sharpness.Rise': sharpness.Rise, 'landscape.Slice': landscape.Slice}
 README = pathlib.Path(__file__).parent.parent / 'README.md'
 
 
