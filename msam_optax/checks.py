@@ -98,3 +98,67 @@ def check_like(tree: Any, reference: Any, *, what: str, dtypes: bool) -> None:
       f'{what}, but it is a {jax.tree.structure(tree)}, not a'
       f' {jax.tree.structure(reference)}.'
     )
+
+
+def pair_hint(tree: Any, reference: Any) -> str:
+  """What a pair in the place of gradients seems to be, and how to pass it."""
+  structure = jax.tree.structure
+  if structure(tree) == structure(reference):
+    return ''
+  if isinstance(tree, tuple) and len(tree) == 2:
+    if structure(tree[1]) == structure(reference):
+      return (
+        'This seems to be `(value, grads)`: a function that returns both is to be given'
+        ' as `value_and_grad_fn`. '
+      )
+    if structure(tree[0]) == structure(reference):
+      return (
+        'This seems to be `(grads, aux)`: give the first of both, as in `lambda params:'
+        ' grad_fn(params)[0]`. '
+      )
+  return ''
+
+
+def check_admits(mask: Any) -> None:
+  """Raises if a mask, a tree of bools, admits no leaf."""
+  leaves = jax.tree.leaves(mask)
+  if leaves and not any(leaves):
+    raise ValueError(
+      '`mask` admits no leaf, so nothing would be perturbed. A function under'
+      ' optax.inject_hyperparams is called with the step count, unless it is named:'
+      " `inject_hyperparams(msam, static_args=('mask',))`."
+    )
+
+
+def check_varying(grads: Any, axis_name: Any) -> None:
+  """Raises if gradients in ``shard_map`` are already summed over the axis.
+
+  With ``check_vma=True`` the gradient of replicated parameters is the same on all
+  devices, their sum; the mean of that would be as many times too large.
+
+  Args:
+    grads: the gradients.
+    axis_name: the mapped axis or axes, or None.
+
+  Raises:
+    ValueError: if the replicas differ along an axis, and the gradients do not.
+  """
+  if axis_name is None:
+    return
+  for axis in axis_name if isinstance(axis_name, tuple) else (axis_name,):
+    if axis in _varying(jax.lax.axis_index(axis)) and not all(
+      axis in _varying(g) for g in jax.tree.leaves(grads)
+    ):
+      raise ValueError(
+        f'These gradients are summed over {axis!r} already, as shard_map does with'
+        ' those of replicated parameters. Cast the parameters before the gradient is'
+        f' taken, `params = jax.lax.pcast(params, {axis!r}, to="varying")`, or use'
+        ' shard_map(..., check_vma=False).'
+      )
+
+
+def _varying(x):
+  """The manual axes along which an array varies, where JAX tracks them."""
+  kind = jax.typeof(x)
+  kind = getattr(kind, 'manual_axis_type', kind)
+  return getattr(kind, 'varying', None) or getattr(kind, 'vma', frozenset())

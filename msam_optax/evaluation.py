@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from msam_optax.checks import check_like
+from msam_optax.checks import pair_hint
+
+# Extra arguments of Optax's own, which are not misspelt.
+_OTHERS = {'value', 'grad', 'value_fn', 'obj_fn'}
 
 
 def evaluation(
@@ -44,7 +48,7 @@ def evaluation(
       what = 'The gradient that `value_and_grad_fn` returns'
     else:
       value, grads = None, _call(grad_fn, probe)
-      what = _hint(grads, like) + 'What `grad_fn` returns'
+      what = pair_hint(grads, like) + 'What `grad_fn` returns'
     what += ' must be like the gradients given to `update`'
     check_like(grads, like, what=what, dtypes=dtypes)
     return value, grads
@@ -55,7 +59,7 @@ def evaluation(
 def _missing(extra_args):
   similar = [
     name
-    for name in extra_args
+    for name in sorted(set(extra_args) - _OTHERS)
     if difflib.get_close_matches(name, ['grad_fn', 'value_and_grad_fn'])
   ]
   misspelt = f' It was given {similar}: a misspelling?' if similar else ''
@@ -96,22 +100,3 @@ def _pair(result):
       ' auxiliary output: `lambda params: (f(params)[0][0], f(params)[1])`.'
     )
   return result
-
-
-def _hint(result, grads):
-  """What a pair in place of gradients seems to be, and how to pass it."""
-  structure = jax.tree.structure
-  if structure(result) == structure(grads):
-    return ''
-  if isinstance(result, tuple) and len(result) == 2:
-    if structure(result[1]) == structure(grads):
-      return (
-        '`grad_fn` seems to return `(value, grads)`: pass it as'
-        ' `value_and_grad_fn` instead. '
-      )
-    if structure(result[0]) == structure(grads):
-      return (
-        '`grad_fn` seems to return `(grads, aux)`: pass `lambda params:'
-        ' grad_fn(params)[0]` instead. '
-      )
-  return ''

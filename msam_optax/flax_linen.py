@@ -1,6 +1,7 @@
 """Flax Linen: a train state that hands extra arguments to the optimizer."""
 
 import dataclasses
+import difflib
 import functools
 from typing import Any
 from typing import Self
@@ -57,10 +58,18 @@ class TrainState(train_state.TrainState):
 
     Returns:
       The new state, with ``step`` one higher.
+
+    Raises:
+      TypeError: if a name is almost that of a field.
     """
     fields = {field.name for field in dataclasses.fields(self)}
     replaced = {name: x for name, x in kwargs.items() if name in fields}
     extra = {name: x for name, x in kwargs.items() if name not in fields}
+    for name in extra:
+      if similar := difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
+        raise TypeError(
+          f'`{name}` is no field of {type(self).__name__}; `{similar[0]}` is.'
+        )
     # A tx with its extra arguments bound, so that Flax's own step does the rest.
     tx = optax.with_extra_args_support(self.tx)
     bound = tx._replace(update=functools.partial(tx.update, **extra))

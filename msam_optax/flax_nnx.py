@@ -7,10 +7,9 @@ from typing import Any
 from flax import nnx
 import jax
 
-from msam_optax.gradients import check_stateless
+from msam_optax.gradients import without_state
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
-from msam_optax.transformation import sharpness_aware
 
 
 def value_and_grad(
@@ -72,7 +71,7 @@ def value_and_grad(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  tx = sharpness_aware(
+  at_probe = without_state(
     metric,
     rho,
     mask=mask,
@@ -84,14 +83,13 @@ def value_and_grad(
 
   @functools.wraps(loss_fn)
   def value_and_grad_at_probe(*args, **kwargs):
-    # The clean pass changes variables (statistics, counters): copy them before.
-    start = nnx.clone(args)
-    at_probe = grad_fn(loss_fn, *start, argnums=argnums, has_aux=has_aux, **kwargs)
-    params = nnx.state(start[_position(argnums)], _trained(argnums))
-    check_stateless(metric, params)
+    # Copies, made before the clean pass changes variables (statistics, counters).
+    take = grad_fn(loss_fn, *args, argnums=argnums, has_aux=has_aux, **kwargs)
+    wrt = argnums.filter if isinstance(argnums, nnx.DiffState) else nnx.Param
+    params = nnx.state(args[_position(argnums, args)], wrt)
+    params = jax.tree.map(lambda x: x, params)
     value, grads = clean(*args, **kwargs)
-    grads, _ = tx.update(grads, tx.init(params), params, grad_fn=at_probe)
-    return value, grads
+    return value, at_probe(grads, params, take)
 
   return value_and_grad_at_probe
 
@@ -174,22 +172,36 @@ def value_and_grad_fn(
     0.0707
   """
   take = nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
+  position = _position(argnums, args)
   start = nnx.clone((args, kwargs))
 
   def take_at(params):
     new_args, new_kwargs = nnx.clone(start)
-    nnx.update(new_args[_position(argnums)], params)
+    nnx.update(new_args[position], params)
     value, grads = take(*new_args, **new_kwargs)
+    if nnx.to_flat_state(nnx.state(grads)).paths != nnx.to_flat_state(params).paths:
+      raise ValueError(
+        'The gradients that `loss_fn` has are of other variables than those that are'
+        ' trained. Where only some are trained, give the same'
+        ' `argnums=nnx.DiffState(position, filter)` here and to nnx.value_and_grad,'
+        ' and the same filter as `wrt` of nnx.Optimizer.'
+      )
     grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
     return value[0] if has_aux else value, grads
 
   return take_at
 
 
-def _position(argnums):
-  return argnums.argnum if isinstance(argnums, nnx.DiffState) else argnums
-
-
-def _trained(argnums):
-  """Which variables gradients are taken of."""
-  return argnums.filter if isinstance(argnums, nnx.DiffState) else nnx.Param
+def _position(argnums, args):
+  position = argnums.argnum if isinstance(argnums, nnx.DiffState) else argnums
+  if not isinstance(position, int):
+    raise TypeError(
+      '`argnums` must be the position of one model, or nnx.DiffState(position,'
+      f' filter), got {argnums!r}.'
+    )
+  if position >= len(args):
+    raise ValueError(
+      f'The model must be a positional argument, number {position}, of `loss_fn`;'
+      f' there are {len(args)}.'
+    )
+  return position

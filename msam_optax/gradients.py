@@ -41,7 +41,8 @@ def value_and_grad(
     argnums: positional argument, or arguments, that hold the parameters.
     has_aux: whether ``loss_fn`` returns ``(scalar, aux)``.
     mask: which leaves of the parameters are moved, see :func:`sharpness_aware`.
-      With several ``argnums`` it is for the tuple of these arguments.
+      With several ``argnums`` it is for the tuple of these arguments. (Leaves that
+      JAX cannot differentiate, as integers, belong into another argument.)
     axis_name: the mapped axis over which the gradient at the probe is averaged. The
       value and the auxiliary output are those of each replica.
     sync_ascent: whether to average the gradient for the ascent, too.
@@ -71,14 +72,7 @@ def value_and_grad(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  if callable(rho):
-    raise ValueError(
-      'A schedule for `rho` needs a step count, which `value_and_grad` does not'
-      ' have: give its value, as in `value_and_grad(loss_fn, metric,'
-      ' rho=schedule(step))` inside the training step, or use the'
-      ' transformation `sharpness_aware(metric, rho=schedule)`.'
-    )
-  tx = sharpness_aware(
+  at_probe = without_state(
     metric,
     rho,
     mask=mask,
@@ -87,22 +81,57 @@ def value_and_grad(
     perturbation_dtype=perturbation_dtype,
   )
   clean = jax.value_and_grad(loss_fn, argnums, has_aux=has_aux)
-  at_probe = jax.grad(loss_fn, argnums, has_aux=has_aux)
+  gradient = jax.grad(loss_fn, argnums, has_aux=has_aux)
 
   @functools.wraps(loss_fn)
   def value_and_grad_fn(*args, **kwargs):
     value, grads = clean(*args, **kwargs)
-    params = _select(args, argnums)
-    check_stateless(metric, params)
 
     def grad_fn(probe):
-      result = at_probe(*_replace(args, argnums, probe), **kwargs)
+      result = gradient(*_replace(args, argnums, probe), **kwargs)
       return result[0] if has_aux else result
 
-    grads, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
-    return value, grads
+    return value, at_probe(grads, _select(args, argnums), grad_fn)
 
   return value_and_grad_fn
+
+
+def without_state(
+  metric: Metric, rho: float | jax.Array, **options: Any
+) -> Callable[[Any, Any, Callable[[Any], Any]], Any]:
+  """One update of :func:`sharpness_aware`, for what has nowhere to keep a state.
+
+  Args:
+    metric: a metric without state.
+    rho: ``ρ``, scalar >= 0, a number or an array.
+    **options: the keyword arguments of :func:`sharpness_aware`.
+
+  Returns:
+    ``(grads, params, grad_fn) -> grads at the probe``.
+
+  Raises:
+    ValueError: if ``rho`` is a schedule; when called, if the metric has a state.
+  """
+  if callable(rho):
+    raise ValueError(
+      'A schedule for `rho` needs a step count, which `value_and_grad` does not'
+      ' have: give its value, as in `value_and_grad(loss_fn, metric,'
+      ' rho=schedule(step))` inside the training step, or use the'
+      ' transformation `sharpness_aware(metric, rho=schedule)`.'
+    )
+  tx = sharpness_aware(metric, rho, **options)
+
+  def at_probe(grads, params, grad_fn):
+    if jax.tree.leaves(metric.init(params)):
+      raise ValueError(
+        'This metric keeps a state from step to step (a schedule for `alpha`, for'
+        ' example, counts), and `value_and_grad` has nowhere to keep it: use the'
+        ' transformation `sharpness_aware(metric, rho)` in `optax.chain`.'
+      )
+    grads, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+    return grads
+
+  return at_probe
 
 
 def _select(args, argnums):
@@ -120,12 +149,3 @@ def _replace(args, argnums, params):
   for i, p in zip(argnums, params, strict=True):
     new[i] = p
   return new
-
-
-def check_stateless(metric, params):
-  if jax.tree.leaves(metric.init(params)):
-    raise ValueError(
-      'This metric keeps a state from step to step (a schedule for `alpha`, for'
-      ' example, counts), and `value_and_grad` has nowhere to keep it: use the'
-      ' transformation `sharpness_aware(metric, rho)` in `optax.chain`.'
-    )

@@ -31,19 +31,29 @@ def check_hyperparameter(name: str, value: Hyperparameter) -> None:
 def check_number(
   name: str, value: Any, *, expected: str = 'a real number or an array'
 ) -> None:
-  """Raises unless ``value`` is a finite scalar >= 0; a traced one is not looked at."""
+  """Raises unless ``value`` is a finite scalar >= 0, as far as that is known."""
   if isinstance(value, jax.core.Tracer):
+    check_scalar(name, value)
     return
   number = np.asarray(value)
   is_real = jnp.issubdtype(number.dtype, jnp.floating)
   if not (is_real or jnp.issubdtype(number.dtype, jnp.integer)):
     raise TypeError(f'`{name}` must be {expected}, got {value!r}.')
-  if number.shape:
-    raise ValueError(f'`{name}` must be a scalar, got shape {number.shape}.')
+  check_scalar(name, number)
   if not (np.isfinite(number) and number >= 0):
     raise ValueError(f'`{name}` must be finite and >= 0, got {value!r}.')
 
 
-def value_at(value: Hyperparameter, count: jax.Array | None) -> Any:
+def check_scalar(name: str, value: Any) -> None:
+  """Raises if ``value`` has dimensions."""
+  if np.shape(value):
+    raise ValueError(f'`{name}` must be a scalar, got shape {np.shape(value)}.')
+
+
+def value_at(name: str, value: Hyperparameter, count: jax.Array) -> Any:
   """The hyperparameter at step ``count``."""
-  return value(count) if callable(value) else value
+  if not callable(value):
+    return value
+  value = value(count)
+  check_scalar(name, value)
+  return value

@@ -23,6 +23,7 @@ import optax
 from msam_optax.hyperparameters import check_hyperparameter
 from msam_optax.hyperparameters import check_number
 from msam_optax.hyperparameters import Hyperparameter
+from msam_optax.hyperparameters import value_at
 from msam_optax.masks import resolve_mask
 from msam_optax.numerics import normalize
 from msam_optax.numerics import wide_dtype
@@ -123,8 +124,10 @@ def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
     eta: ``η``, scalar >= 0. Lets weights that are zero move.
     weights: which leaves are weights: a tree of bools with the structure of the
       params (or a prefix of it), or a function from params to one. By default
-      the leaves of two or more dimensions (kernels and embeddings, not biases
-      and scales of normalisations).
+      the leaves of two or more dimensions: kernels and embeddings, not biases and
+      scales of normalisations. Biases of two dimensions (Flax's attention has them)
+      count as weights, unless a function of the path, with
+      ``jax.tree_util.tree_map_with_path``, says otherwise.
 
   Returns:
     A :class:`Metric` without state; ``ascend`` needs the params.
@@ -266,7 +269,7 @@ def monge(alpha: Hyperparameter = 1.0, base: Metric = euclidean()) -> Metric:
       ascent, state = base.ascend(grads, state, params)
       return _add_gradient_outer_product(ascent, alpha), state
     ascent, base_state = base.ascend(grads, state.base, params)
-    ascent = _add_gradient_outer_product(ascent, alpha(state.count))
+    ascent = _add_gradient_outer_product(ascent, value_at('alpha', alpha, state.count))
     return ascent, MongeState(optax.safe_increment(state.count), base_state)
 
   return Metric(init, ascend)

@@ -1,5 +1,6 @@
 """The probe: the parameters, moved uphill by the radius."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +26,8 @@ def perturb(
 
   Args:
     params: pytree of arrays; the leaves to be moved are real floating point.
-    ascent: the direction, a pytree like ``params``, and slope under some metric.
+    ascent: the direction, a pytree like ``params``, and slope under some metric, as
+      exact as the dtype of the gradients was.
     rho: ``ρ``, scalar, the length of the perturbation under that metric; downhill
       where it is negative.
     mask: which leaves are moved, a tree of bools like ``params`` (or a prefix) or
@@ -89,8 +91,10 @@ def distance(probe: Any, params: Any, *, mask: Any = None) -> jax.Array:
   return jnp.where(total == 0, 0.0, jnp.sqrt(jnp.where(total == 0, 1.0, total)))
 
 
-def settle(probe_grads: Any, grads: Any, radius: jax.Array) -> Any:
-  """The gradient at the probe, fit to be applied.
+def settle(
+  probe_grads: Any, grads: Any, radius: jax.Array, average: Callable[[Any], Any]
+) -> Any:
+  """The gradient at the probe, averaged over replicas and fit to be applied.
 
   Where a leaf of the clean gradient is not finite, or the probe is none, the result
   is NaN, whatever the gradient at the probe: what follows in the chain must be able
@@ -100,18 +104,22 @@ def settle(probe_grads: Any, grads: Any, radius: jax.Array) -> Any:
     probe_grads: gradient at the probe, a pytree like ``grads``.
     grads: the clean gradient.
     radius: scalar, the probe's distance from the parameters; NaN if there is none.
+    average: takes the mean over replicas, in the dtypes of ``probe_grads``.
 
   Returns:
     A pytree with the structure, shapes and dtypes of ``grads``.
   """
 
-  def settle_leaf(g_probe, g):
-    dtype = jnp.result_type(g)
-    if not jnp.issubdtype(dtype, jnp.floating):
+  def poison(g_probe, g):
+    if not jnp.issubdtype(jnp.result_type(g), jnp.floating):
       return g_probe
     # That the result depends on the radius has a second use: XLA then measures it
     # before an optimizer overwrites donated parameters, and need not copy them.
     usable = jnp.isfinite(largest_magnitude(g)) & ~jnp.isnan(radius)
-    return jnp.where(usable, g_probe.astype(dtype), jnp.nan)
+    return jnp.where(usable, g_probe, jnp.nan)
 
-  return jax.tree.map(settle_leaf, probe_grads, grads)
+  return jax.tree.map(
+    lambda x, g: x.astype(jnp.result_type(g)),
+    average(jax.tree.map(poison, probe_grads, grads)),
+    grads,
+  )

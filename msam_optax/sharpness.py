@@ -176,7 +176,7 @@ def hessian_eigenvalues(
 
   Returns:
     ``[k]``, float32 or wider, the outermost first. In large problems eigenvalues that
-    are equal count once.
+    are equal count once, and NaN stands where there are fewer than ``k`` distinct ones.
 
   Raises:
     ValueError: if ``k`` or ``which`` is out of range.
@@ -204,6 +204,7 @@ def stability(
   metric: Metric,
   rho: float | jax.Array,
   *,
+  mask: Any = None,
   fixed_radius: bool = True,
   k: int | None = None,
   which: Which = 'smallest',
@@ -226,6 +227,7 @@ def stability(
     params: ``w``, a pytree of real floating-point arrays, ``n`` numbers in all.
     metric: ``G``, e.g. ``monge()``.
     rho: ``ρ``, scalar >= 0.
+    mask: which leaves are moved, by default all; see :func:`perturb`.
     fixed_radius: the paper's form (for metrics that act on each coordinate by
       itself, and Monge over them), or else the exact Jacobian.
     k: how many eigenvalues; all by default, which takes the dense matrix.
@@ -253,7 +255,7 @@ def stability(
     Sharpness-Aware Minimization Based on Loss Geometry
     <https://arxiv.org/abs/2502.08448>`_, 2025
   """
-  w, unravel = flatten_util.ravel_pytree(params)
+  w, unravel = flatten_util.ravel_pytree(jax.tree.map(widen, params))
 
   def gradient(w):
     return jax.grad(lambda v: loss(unravel(v)))(w)
@@ -261,7 +263,7 @@ def stability(
   def delta(g, w):
     # The metric sees the tree: which leaves are weights, say, depends on it.
     tree = unravel(w)
-    ascent, _ = metric.ascend(unravel(g), metric.init(tree), tree)
+    ascent, _ = ascend(metric, unravel(g), metric.init(tree), tree, mask=mask)
     return rho * flatten_util.ravel_pytree(ascent.direction)[0]
 
   g = gradient(w)
@@ -313,7 +315,8 @@ def _coordinate_scale(delta, g, w):
   """``P`` with ``δ = Pg`` coordinate by coordinate, as a vector."""
   largest = jnp.max(jnp.abs(g), initial=0.0)
   # Where a coordinate of g is zero the quotient's limit is needed: go near it.
-  near = jnp.where(g == 0, jnp.finfo(g.dtype).eps * largest, g)
+  finfo = jnp.finfo(g.dtype)
+  near = jnp.where(g == 0, jnp.maximum(finfo.eps * largest, finfo.tiny), g)
   return jnp.where(largest > 0, delta(near, w) / jnp.where(largest > 0, near, 1.0), 0.0)
 
 

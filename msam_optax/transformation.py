@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax.checks import check_admits
 from msam_optax.checks import check_like
 from msam_optax.checks import check_params
 from msam_optax.checks import check_unmasked
+from msam_optax.checks import check_varying
+from msam_optax.checks import pair_hint
 from msam_optax.evaluation import evaluation
 from msam_optax.hyperparameters import check_hyperparameter
 from msam_optax.hyperparameters import Hyperparameter
@@ -83,8 +86,10 @@ def sharpness_aware(
     mask: which leaves are moved and are part of the norm, in Optax's convention: a
       tree of bools like the params (or a prefix of it), or a function from params
       to one. By default all; they must be real floating point.
-    axis_name: the mapped axis (of ``pmap`` and the like) over which the gradient at
-      the probe is averaged, and so are the scalars in the state.
+    axis_name: the mapped axis (of ``pmap``, ``vmap`` or ``shard_map``) over which the
+      gradient at the probe is averaged, and so are the scalars in the state. The
+      params must be replicated over it; under ``jit`` with sharded arrays, which may
+      be sharded in any way, nothing is to be named.
     sync_ascent: whether to average the gradient for the ascent over ``axis_name``,
       too. By default each replica goes uphill on its own (m-sharpness).
     perturbation_dtype: floating dtype in which ascent and probe are computed and
@@ -122,12 +127,7 @@ def sharpness_aware(
       '`sync_ascent=True` averages the ascent gradient over a mapped axis: name'
       ' it, as in `axis_name="batch"`.'
     )
-  if perturbation_dtype is not None and not jnp.issubdtype(
-    perturbation_dtype, jnp.floating
-  ):
-    raise TypeError(
-      f'`perturbation_dtype` must be a floating-point dtype, got {perturbation_dtype}.'
-    )
+  _check_dtype(perturbation_dtype)
 
   def average(tree):
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
@@ -136,7 +136,9 @@ def sharpness_aware(
     check_unmasked(params)
     # optax.tree.map_params calls with a stand-in without leaves.
     if jax.tree.leaves(params):
-      check_params(params, resolve_mask(mask, params))
+      admitted = resolve_mask(mask, params)
+      check_admits(admitted)
+      check_params(params, admitted)
     # Four arrays, not four times one: a donated buffer may be given only once.
     zeros = [jnp.zeros([], wide_dtype(params)) for _ in range(4)]
     return SharpnessAwareState(
@@ -155,7 +157,9 @@ def sharpness_aware(
   ):
     evaluate = evaluation(grad_fn, value_and_grad_fn, extra_args)
     _check_inputs(updates, params)
+    check_varying(updates, axis_name)
     admitted = resolve_mask(mask, params)
+    check_admits(admitted)
     w = _cast(params, perturbation_dtype, admitted)
     g = _cast(updates, perturbation_dtype, admitted)
     ascent, metric_state = ascend(
@@ -165,7 +169,7 @@ def sharpness_aware(
       w,
       mask=admitted,
     )
-    probe = perturb(w, ascent, value_at(rho, state.count), mask=admitted)
+    probe = perturb(w, ascent, value_at('rho', rho, state.count), mask=admitted)
     probe_value, probe_grads = evaluate(probe, g, perturbation_dtype is None)
     radius = distance(probe, w, mask=admitted)
     scalars = {
@@ -182,7 +186,7 @@ def sharpness_aware(
         for name, new in scalars.items()
       },
     )
-    return average(settle(probe_grads, updates, radius)), new_state
+    return settle(probe_grads, updates, radius, average), new_state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -229,7 +233,18 @@ def _check_inputs(grads, params):
       ' `tx.update(grads, state, params, grad_fn=grad_fn)`.'
     )
   check_unmasked(params)
-  check_like(grads, params, what='The gradients must be like the params', dtypes=False)
+  what = 'The gradients given to `update` must be like the params'
+  check_like(grads, params, what=pair_hint(grads, params) + what, dtypes=False)
+
+
+def _check_dtype(dtype):
+  if isinstance(dtype, jax.Array):
+    raise TypeError(
+      '`perturbation_dtype` was given as an array. Under optax.inject_hyperparams name'
+      " it in `static_args`, or write it as a string, 'float32'."
+    )
+  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f'`perturbation_dtype` must be a floating dtype, got {dtype}.')
 
 
 def _cast(tree, dtype, admitted):

@@ -1,5 +1,6 @@
 """Bad input: each message says what was wrong, where, and what to write instead."""
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,8 @@ import optax
 import pytest
 
 import msam_optax
+from msam_optax import flax_linen
+from msam_optax import flax_nnx
 from msam_optax import msam
 
 PARAMS = {'a': jnp.ones((2, 3)), 'b': {'c': jnp.ones(3)}}
@@ -98,13 +101,17 @@ def test_params_missing():
 
 
 def test_grad_fn_returns_value_too():
-  with pytest.raises(ValueError, match='`value_and_grad_fn` instead'):
+  with pytest.raises(
+    ValueError, match=r'seems to be `\(value, grads\)`.* as `value_and_grad_fn`'
+  ):
     update(msam(), grad_fn=jax.value_and_grad(quadratic))
 
 
 def test_grad_fn_returns_aux_too():
   grad_fn = jax.grad(lambda p: (quadratic(p), 'aux'), has_aux=True)
-  with pytest.raises(ValueError, match=r'pass `lambda params: grad_fn\(params\)\[0\]`'):
+  with pytest.raises(
+    ValueError, match=r'seems to be `\(grads, aux\)`.*grad_fn\(params\)\[0\]'
+  ):
     update(msam(), grad_fn=grad_fn)
 
 
@@ -154,7 +161,7 @@ def test_containers_differ():
 
 
 def test_gradients_unlike_params():
-  with pytest.raises(ValueError, match=r"gradients must be like .* at \['a'\] its"):
+  with pytest.raises(ValueError, match=r"to `update` must be like .* at \['a'\] its"):
     update(msam(), grads={**GRADS, 'a': jnp.ones(3)}, grad_fn=jax.grad(quadratic))
 
 
@@ -187,12 +194,79 @@ def test_mask_does_not_fit(mask, error, message):
     msam(mask=mask).init(PARAMS)
 
 
-def test_schedule_in_drop_in():
+@pytest.mark.parametrize(
+  'drop_in', [msam_optax.value_and_grad, flax_nnx.value_and_grad]
+)
+def test_schedule_in_drop_in(drop_in):
   with pytest.raises(ValueError, match=r'rho=schedule\(step\)'):
-    msam_optax.value_and_grad(quadratic, rho=optax.constant_schedule(0.1))
+    drop_in(quadratic, rho=optax.constant_schedule(0.1))
 
 
+@pytest.mark.standard_promotion
 def test_metric_with_state_in_drop_in():
   metric = msam_optax.monge(alpha=optax.constant_schedule(1.0))
-  with pytest.raises(ValueError, match='use the transformation `sharpness_aware'):
-    msam_optax.value_and_grad(quadratic, metric)(PARAMS)
+  model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+  for take, params in (
+    (msam_optax.value_and_grad(quadratic, metric), PARAMS),
+    (flax_nnx.value_and_grad(lambda m: jnp.sum(m.kernel[...]), metric), model),
+  ):
+    with pytest.raises(ValueError, match='use the transformation `sharpness_aware'):
+      take(params)
+
+
+@pytest.mark.parametrize(
+  'make', [lambda x: msam(rho=x), lambda x: msam(alpha=x)], ids=['rho', 'alpha']
+)
+def test_hyperparameter_with_dimensions_that_is_not_known_at_first(make):
+  match = r'must be a scalar, got shape \(2,\)'
+  with pytest.raises(ValueError, match=match):
+    jax.jit(lambda x: make(x).init(PARAMS))(jnp.ones(2))
+  with pytest.raises(ValueError, match=match):
+    update(make(lambda count: jnp.ones(2)), grad_fn=jax.grad(quadratic))
+
+
+def test_value_given_with_gradients():
+  tx = msam()
+  with pytest.raises(ValueError, match=r'seems to be `\(value, grads\)`'):
+    tx.update((1.0, GRADS), tx.init(PARAMS), PARAMS, grad_fn=jax.grad(quadratic))
+
+
+def test_others_extra_arguments_are_no_misspellings():
+  with pytest.raises(ValueError, match='needs a function for it') as error:
+    update(msam(), value_fn=quadratic, grad=GRADS, value=1.0)
+  assert 'misspelling' not in str(error.value)
+
+
+def test_functions_under_inject_hyperparams_without_static_args():
+  make = optax.inject_hyperparams(msam)
+  with pytest.raises(ValueError, match=r"static_args=\('mask',\)"):
+    make(mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)).init(PARAMS)
+  with pytest.raises(TypeError, match='in `static_args`, or write it as a string'):
+    make(perturbation_dtype=jnp.float32).init(PARAMS)
+  with pytest.raises(ValueError, match='admits no leaf'):
+    msam(mask={'a': False, 'b': False}).init(PARAMS)
+
+
+def test_linen_field_misspelt():
+  state = flax_linen.TrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(1.0))
+  with pytest.raises(TypeError, match='`param` is no field of TrainState; `params` is'):
+    state.apply_gradients(grads=GRADS, param=PARAMS)
+
+
+@pytest.mark.standard_promotion
+def test_nnx_model_not_where_it_should_be():
+  model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+  loss_fn = lambda model: jnp.sum(model(jnp.ones((1, 2))))
+  with pytest.raises(TypeError, match='position of one model'):
+    flax_nnx.grad_fn(loss_fn, model, argnums=(0, 1))
+  with pytest.raises(ValueError, match='must be a positional argument, number 0'):
+    flax_nnx.value_and_grad(loss_fn)(model=model)
+
+
+@pytest.mark.standard_promotion
+def test_nnx_other_variables_than_those_trained():
+  model = nnx.LoRALinear(2, 3, lora_rank=1, rngs=nnx.Rngs(0))
+  loss_fn = lambda model: jnp.sum(model(jnp.ones((1, 2))))
+  grad_fn = flax_nnx.grad_fn(loss_fn, model)
+  with pytest.raises(ValueError, match=r'the same `argnums=nnx\.DiffState'):
+    grad_fn(nnx.state(model, nnx.LoRAParam))

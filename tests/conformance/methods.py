@@ -6,13 +6,16 @@ import optax
 
 import msam_optax
 
-# The arguments of each method, but for its radius.
+# The arguments of each method, but for its radius. All coordinates are weights, so that
+# ASAM is not SAM where the parameters are vectors.
 METHODS: dict[str, dict[str, Any]] = {
   'msam': {},
   'sam': {},
-  'asam': {},
+  'asam': {'weights': True},
   'fisher_sam': {},
-  'sharpness_aware': {'metric': msam_optax.monge(0.5, base=msam_optax.adaptive())},
+  'sharpness_aware': {
+    'metric': msam_optax.monge(0.5, base=msam_optax.adaptive(weights=True))
+  },
 }
 
 
