@@ -11,11 +11,15 @@ COLOURS = {
   'SAM': '#d95f02',
   'Monge SAM': '#1b6ca8',
   'SAM, matched': '#e6ab02',
+  'GD': '#343a40',
+  'Fisher SAM': '#1b9e77',
+  'ASAM': '#7570b3',
+  'Monge over ASAM': '#e7298a',
 }
 
 RC = {
   'figure.dpi': 100,
-  'savefig.dpi': 160,
+  'savefig.dpi': 120,
   'savefig.bbox': 'tight',
   'font.size': 11,
   'axes.spines.top': False,
