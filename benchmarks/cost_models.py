@@ -50,15 +50,13 @@ class Transformer(nnx.Module):
   ):
     self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
     self.position = nnx.Embed(length, width, rngs=rngs)
-    self.blocks = nnx.List([Block(width, 4, rngs=rngs) for _ in range(layers)])
+    self.blocks = nnx.Sequential(*(Block(width, 4, rngs=rngs) for _ in range(layers)))
     self.norm = nnx.LayerNorm(width, rngs=rngs)
     self.head = nnx.Linear(width, vocabulary, rngs=rngs)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     x = self.embed(tokens) + self.position(jnp.arange(tokens.shape[-1]))[None]
-    for block in self.blocks:
-      x = block(x)
-    return self.head(self.norm(x))
+    return self.head(self.norm(self.blocks(x)))
 
 
 class ConvNet(nnx.Module):
@@ -66,21 +64,20 @@ class ConvNet(nnx.Module):
 
   def __init__(self, width: int, layers: int, classes: int, *, rngs: nnx.Rngs):
     sizes = [1, *(2**i * width for i in range(layers))]
-    self.convs = nnx.List(
-      [
-        nnx.Conv(n, m, (3, 3), strides=1 if n == 1 else 2, rngs=rngs)
-        for n, m in itertools.pairwise(sizes)
-      ]
+    layers_of = lambda n, m: (
+      nnx.Conv(n, m, (3, 3), strides=1 if n == 1 else 2, rngs=rngs),
+      nnx.GroupNorm(m, num_groups=4, rngs=rngs),
+      nnx.relu,
     )
-    self.norms = nnx.List(
-      [nnx.GroupNorm(m, num_groups=4, rngs=rngs) for m in sizes[1:]]
+    self.body = nnx.Sequential(
+      *itertools.chain.from_iterable(
+        itertools.starmap(layers_of, itertools.pairwise(sizes))
+      )
     )
     self.head = nnx.Linear(sizes[-1], classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    for conv, norm in zip(self.convs, self.norms, strict=True):
-      x = nnx.relu(norm(conv(x)))
-    return self.head(x.mean(axis=(1, 2)))
+    return self.head(self.body(x).mean(axis=(1, 2)))
 
 
 def transformer(
