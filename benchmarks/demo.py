@@ -18,11 +18,6 @@ from typing import Any
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn
-from rich.progress import MofNCompleteColumn
-from rich.progress import Progress
-from rich.progress import TextColumn
-from rich.progress import TimeElapsedColumn
 
 from benchmarks.demo_data import split_digits
 from benchmarks.demo_figure import draw
@@ -34,6 +29,7 @@ from benchmarks.demo_training import Settings
 from benchmarks.demo_training import start
 from benchmarks.demo_training import train
 from benchmarks.environment import describe
+from benchmarks.progress import progress_bar
 
 RESULTS = Path(__file__).parent / 'results'
 RHOS = (0.05, 0.08, 0.125, 0.2, 0.32, 0.5, 0.8, 1.25, 2.0, 3.2)
@@ -84,7 +80,7 @@ def experiment(
   cells = [Cell('Adam', None, None)]
   cells += [Cell(method, rho, rho) for method in ('SAM', 'Monge SAM') for rho in rhos]
   rows = []
-  with _progress() as progress:
+  with progress_bar() as progress:
     task = progress.add_task('', total=(len(cells) + len(rhos)) * len(seeds))
 
     def run(cell):
@@ -180,16 +176,6 @@ def _time_in_turns(settings, txs, split, rounds, steps=20):
       norm.block_until_ready()
       seconds[method].append((time.perf_counter() - begin) / steps)
   return {method: 1000 * statistics.median(times) for method, times in seconds.items()}
-
-
-def _progress() -> Progress:
-  return Progress(
-    TextColumn('{task.description:<36}'),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-    transient=True,
-  )
 
 
 if __name__ == '__main__':

@@ -98,6 +98,7 @@ def test_cost_writes_its_figures(tmp_path, capsys):
     assert f'| {name} |' in table
 
 
+@pytest.mark.slow
 def test_demo_writes_numbers_and_picture(tmp_path, capsys):
   demo.main(['--quick', '--out', str(tmp_path)])
   results = json.loads((tmp_path / 'demo.json').read_text())

@@ -20,7 +20,11 @@ from benchmarks import figures
 from benchmarks import landscapes
 from msam_optax import asam
 
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures('x64')]
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.standard_promotion,
+  pytest.mark.usefixtures('x64'),
+]
 
 
 @pytest.fixture(scope='module')

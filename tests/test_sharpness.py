@@ -42,6 +42,7 @@ def valley(w):
   return jnp.sum((1 - w[::2] * w[1::2]) ** 2 * jnp.linspace(0.5, 2.0, w.size // 2))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('name', METRICS)
 def test_rise_is_measured_and_predicted(name):
@@ -92,6 +93,7 @@ def test_mean_rise_equals_loop_over_shards():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_trace_is_within_its_own_standard_error():
   params, samples = mlp_params(jnp.float64), 400
@@ -124,6 +126,7 @@ def test_eigenvalues_of_network(which):
   np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('which', ['largest', 'smallest'])
 def test_eigenvalues_without_a_dense_matrix(which):
@@ -210,6 +213,7 @@ def test_stability_at_equilibria():
   np.testing.assert_allclose(got, np.sort(lam * (1 + 0.8 * lam)), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('name', METRICS)
 def test_exact_stability_is_the_jacobian_of_the_flow(name):
@@ -228,6 +232,7 @@ def test_exact_stability_is_the_jacobian_of_the_flow(name):
   np.testing.assert_allclose(got, np.sort(np.linalg.eigvals(jacobian).real), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('fixed_radius', [True, False], ids=['fixed', 'exact'])
 @pytest.mark.parametrize('which', ['largest', 'smallest'])

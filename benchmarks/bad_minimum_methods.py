@@ -1,0 +1,84 @@
+"""The methods that leave the bad minimum, or do not: each a radius along the gradient.
+
+    SGD           0
+    SAM           ρ
+    Monge SAM     ρ/√(1 + α²n²) = (1/ρ² + n²/σ²)^(-1/2)       n = ‖g‖,  σ = ρ/α
+    LE-SAM        min(ρ, σ/n)
+    SAM, matched  the mean over a run of Monge SAM
+
+Monge SAM and LE-SAM both promise that the first-order rise of the loss, radius times
+n, is at most σ: the one bends towards it, the other is cut off.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax import Ascent
+from msam_optax import euclidean
+from msam_optax import Metric
+from msam_optax import msam
+from msam_optax import sam
+from msam_optax import sharpness_aware
+
+SGD, SAM, MONGE, LE_SAM = 'SGD', 'SAM', 'Monge SAM', 'LE-SAM'
+MATCHED = 'SAM, matched'
+
+
+def capped(alpha: float | jax.Array = 1.0, base: Metric = euclidean()) -> Metric:
+  """The metric ``G = max(1, α²s²) B``, where ``s`` is the slope under the metric ``B``.
+
+  Its direction and slope are the base's, divided by ``max(1, αs)``, where those of
+  ``monge(alpha, base)`` are divided by ``√(1 + α²s²)``. Over the Euclidean metric the
+  radius is ``ρ/max(1, αn) = min(ρ, σ/n)`` with ``σ = ρ/α``.
+
+  Args:
+    alpha: ``α``, scalar >= 0.
+    base: the metric ``B``.
+
+  Returns:
+    A metric with the base's state.
+  """
+
+  def ascend(grads, state, params):
+    ascent, state = base.ascend(grads, state, params)
+    factor = 1.0 / jnp.maximum(1.0, alpha * ascent.slope)
+    direction = jax.tree.map(lambda d: (d * factor).astype(d.dtype), ascent.direction)
+    return Ascent(direction, ascent.slope * factor), state
+
+  return Metric(base.init, ascend)
+
+
+def le_sam(rho: float | jax.Array, alpha: float | jax.Array = 1.0):
+  """LE-SAM's radius, ``min(ρ, σ/n)`` with ``σ = ρ/α``: Monge SAM's, with a hard edge.
+
+  Args:
+    rho: ``ρ``, the largest radius.
+    alpha: ``α``; ``ρ/α`` is the largest first-order rise of the loss.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`.
+
+  References:
+    arXiv 2605.10183
+  """
+  return sharpness_aware(capped(alpha), rho)
+
+
+# Made once: steps are compiled for the very functions that a transformation holds.
+@functools.cache
+def optimizers(
+  learning_rate: float, alpha: float
+) -> dict[str, optax.GradientTransformation]:
+  """The transformation of each method; ``rho`` is in its state, set run by run."""
+  sgd = optax.sgd(learning_rate)
+  inject = optax.inject_hyperparams
+  two_pass = {
+    SAM: inject(sam)(rho=0.0),
+    MONGE: inject(msam)(rho=0.0, alpha=alpha),
+    LE_SAM: inject(le_sam)(rho=0.0, alpha=alpha),
+  }
+  methods = {name: optax.chain(tx, sgd) for name, tx in two_pass.items()}
+  return {SGD: sgd, **methods, MATCHED: methods[SAM]}
