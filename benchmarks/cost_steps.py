@@ -79,6 +79,16 @@ def drop_in(loss) -> Step:
   return _step(optax.adam(RATE), msam_optax.value_and_grad(loss, rho=RHO))
 
 
+def drop_in_compile_once(loss) -> Step:
+  """The drop-in with both passes as two iterations of one ``lax.scan``.
+
+  It is not among ``STEPS``: on a CPU convolutions in a scan are many times slower.
+  """
+  return _step(
+    optax.adam(RATE), msam_optax.value_and_grad(loss, rho=RHO, compile_once=True)
+  )
+
+
 HAND = 'two gradients, by hand'
 OPAQUE = 'contrib.sam, opaque'
 CHAIN = 'chain(msam, adam)'

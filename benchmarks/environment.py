@@ -16,5 +16,13 @@ def describe() -> dict[str, str | int]:
     'machine': platform.machine(),
     'cores': os.cpu_count() or 1,
     'python': platform.python_version(),
-    **{name: metadata.version(name) for name in packages},
+    **{name: version(name) for name in packages},
   }
+
+
+def version(package: str) -> str:
+  """The installed version; a clone can be run without being installed."""
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return 'not installed'

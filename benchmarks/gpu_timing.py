@@ -1,0 +1,77 @@
+"""Times of several things in turns, and what they come to."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import time
+import traceback
+from typing import NamedTuple
+
+import numpy as np
+
+WARM_UP = 2  # rounds that are not counted
+LEAST = 3  # rounds that are counted even if the time is over
+
+
+class Timing(NamedTuple):
+  """What was timed, and what could not be.
+
+  Attributes:
+    seconds: for every name one time a round; all lists are of the same length.
+    failures: for every name that raised, what :func:`explain` says of it.
+  """
+
+  seconds: dict[str, list[float]]
+  failures: dict[str, dict[str, str]]
+
+
+def time_in_turns(
+  loops: Mapping[str, Callable[[], None]], *, rounds: int, left: Callable[[], float]
+) -> Timing:
+  """Times each loop once a round, so that a slow moment hits them all.
+
+  Args:
+    loops: functions that return when the device has finished.
+    rounds: how many rounds count; two more go before, to warm up.
+    left: the seconds left; when it is negative, no further round begins.
+
+  Returns:
+    A :class:`Timing`. What raises (out of memory, say) is left out from then on.
+  """
+  loops, failures = dict(loops), {}
+  seconds: dict[str, list[float]] = {name: [] for name in loops}
+  for turn in range(WARM_UP + rounds):
+    if turn >= WARM_UP + LEAST and left() < 0:
+      break
+    for name in rotated(list(loops), turn):
+      start = time.perf_counter()
+      try:
+        loops[name]()
+      except Exception as error:
+        failures[name] = explain(error)
+        del loops[name], seconds[name]  # and with them the arrays that they hold
+        continue
+      if turn >= WARM_UP:
+        seconds[name].append(time.perf_counter() - start)
+  return Timing(seconds, failures)
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+  """Another one begins in every round."""
+  start = turn % max(len(names), 1)
+  return names[start:] + names[:start]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+  """Median and quartiles."""
+  low, median, high = np.percentile(values, [25, 50, 75])
+  return {'median': float(median), 'q25': float(low), 'q75': float(high)}
+
+
+def explain(error: Exception) -> dict[str, str]:
+  """An exception as strings, which unlike itself keep no arrays alive."""
+  text = f'{type(error).__name__}: {error}'[:2000]
+  if 'RESOURCE_EXHAUSTED' in text or 'out of memory' in text.lower():
+    return {'failed': 'out of memory', 'message': text}
+  where = ''.join(traceback.format_exception(error))[-4000:]
+  return {'failed': 'error', 'message': text, 'traceback': where}
