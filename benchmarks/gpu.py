@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+import functools
 import os
 from pathlib import Path
 import subprocess
@@ -25,7 +26,6 @@ import jax
 
 from benchmarks import gpu_ascent
 from benchmarks import gpu_checks
-from benchmarks import gpu_models
 from benchmarks import gpu_report
 from benchmarks import gpu_steps
 from benchmarks.cost_steps import CHAIN
@@ -61,23 +61,26 @@ Part = Callable[[Callable[[], float]], Iterator[dict[str, Any]]]
 def parts(settings: Mapping[str, Any]) -> dict[str, Part]:
   """What is measured, in order: each takes the seconds left, and yields results."""
 
-  def steps(name: str, wrap: Callable) -> Part:
-    make = getattr(gpu_models, name)
-    return lambda left: gpu_steps.weigh(
-      lambda: wrap(make(**settings[name])),
-      left=left,
-      say=say,
-      **settings['steps'],
-    )
+  def steps(name: str, dtype: str) -> Part:
+    make = functools.partial(network, name, dtype, settings[name])
+    return lambda left: gpu_steps.weigh(make, left=left, say=say, **settings['steps'])
 
   return {
     'correctness': lambda left: checks(left=left, **settings['checks']),
     'ascent': lambda left: gpu_ascent.measure(left=left, **settings['ascent']),
-    'transformer, bfloat16 arithmetic': steps('transformer', gpu_models.in_bfloat16),
-    'ResNet-18, bfloat16 arithmetic': steps('resnet', gpu_models.in_bfloat16),
-    'transformer, float32': steps('transformer', lambda problem: problem),
-    'ResNet-18, float32': steps('resnet', lambda problem: problem),
+    'transformer, bfloat16 arithmetic': steps('transformer', 'bfloat16'),
+    'ResNet-18, bfloat16 arithmetic': steps('resnet', 'bfloat16'),
+    'transformer, float32': steps('transformer', 'float32'),
+    'ResNet-18, float32': steps('resnet', 'float32'),
   }
+
+
+def network(name: str, dtype: str, sizes: Mapping[str, Any]) -> Any:
+  """A network and its loss. Only here is Flax needed."""
+  from benchmarks import gpu_models
+
+  problem = getattr(gpu_models, name)(**sizes)
+  return gpu_models.in_bfloat16(problem) if dtype == 'bfloat16' else problem
 
 
 def checks(many: int, left: Callable[[], float]) -> Iterator[dict[str, Any]]:

@@ -92,7 +92,9 @@ def transformer(
   def loss(params, data):
     x, y = data
     model = nnx.merge(ends, params['ends'])
-    x = model.embed(x) + model.position(jnp.arange(length))[None]
+    dtype = jax.tree.leaves(params)[0].dtype
+    # nnx.Embed returns the dtype that it was made in, and the layers keep the wider.
+    x = (model.embed(x) + model.position(jnp.arange(length))[None]).astype(dtype)
     layer = lambda x, params: (nnx.merge(block, params)(x), None)
     x, _ = jax.lax.scan(layer, x, params['blocks'])
     return _cross_entropy(model.head(model.norm(x)), y)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import inspect
 import time
 from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.cost_models import Problem
 from benchmarks.cost_steps import CHAIN
 from benchmarks.cost_steps import DROP_IN
 from benchmarks.cost_steps import drop_in_compile_once
@@ -24,6 +24,9 @@ from benchmarks.gpu_timing import explain
 from benchmarks.gpu_timing import spread
 from benchmarks.gpu_timing import time_in_turns
 import msam_optax
+
+if TYPE_CHECKING:  # so that what needs no network does not need Flax
+  from benchmarks.cost_models import Problem
 
 ADAM = 'adam'
 COMPILE_ONCE = 'drop-in, compile_once'
@@ -40,7 +43,7 @@ def steps(names: Sequence[str] | None = None) -> dict[str, Callable[[Any], Step]
 
 
 def weigh(
-  make_problem: Callable[[], Problem],
+  make_problem: Callable[[], 'Problem'],
   *,
   names: Sequence[str] | None,
   rounds: int,
@@ -101,7 +104,7 @@ def weigh(
   yield result
 
 
-def compile_step(step: Step, problem: Problem) -> tuple[Any, dict[str, Any]]:
+def compile_step(step: Step, problem: 'Problem') -> tuple[Any, dict[str, Any]]:
   """The compiled step, the seconds that took, and XLA's bytes."""
   carry = jax.eval_shape(lambda w: (w, step.tx.init(w)), problem.params)
   start = time.perf_counter()
@@ -133,7 +136,7 @@ def memory_stats() -> dict[str, int]:
 
 
 def loop(
-  compiled: Any, step: Step, problem: Problem, repeats: int
+  compiled: Any, step: Step, problem: 'Problem', repeats: int
 ) -> Callable[[], None]:
   """A function that trains for ``repeats`` steps, from where it last ended."""
   # Copies, because a donated buffer may be given only once, and only by one step.
