@@ -189,7 +189,7 @@ def describe_gpu() -> dict[str, str]:
   query = ['nvidia-smi', f'--query-gpu={",".join(CARD)}', '--format=csv,noheader']
   try:
     answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    found |= dict(zip(CARD, answer.stdout.strip().split(', '), strict=True))
+    found |= dict(zip(CARD, answer.stdout.split('\n')[0].split(', '), strict=True))
   except (OSError, ValueError, subprocess.SubprocessError):
     pass  # no such program, or one that says something else
   return found

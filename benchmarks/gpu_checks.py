@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import gpu_truth
+from benchmarks.gpu_steps import has_compile_once
 from benchmarks.gpu_timing import explain
 import msam_optax
 
@@ -172,6 +173,11 @@ def check_methods() -> Iterator[Check]:
 def compare_gradients(case, w, data, transformations, probe, metric) -> Iterator[Check]:
   """Gradients at the probe of each way to take them, for all loss scales."""
   dtype = w['kernel_1'].dtype.name
+  drop_ins = {}
+  if metric is not None:
+    drop_ins['drop-in'] = {}
+    if has_compile_once():
+      drop_ins['drop-in, compile_once'] = {'compile_once': True}
 
   @jax.jit
   def take(w, data, scale):
@@ -181,9 +187,11 @@ def compare_gradients(case, w, data, transformations, probe, metric) -> Iterator
       name: tx.update(g, tx.init(w), w, grad_fn=grad_fn)[0]
       for name, tx in transformations.items()
     }
-    if metric is not None:
-      drop_in = msam_optax.value_and_grad(loss, metric, RHO, perturbation_dtype=probe)
-      value, found['drop-in'] = drop_in(w, data, scale)
+    for name, options in drop_ins.items():
+      drop_in = msam_optax.value_and_grad(
+        loss, metric, RHO, perturbation_dtype=probe, **options
+      )
+      value, found[name] = drop_in(w, data, scale)
     return value, found
 
   for scale in SCALES:

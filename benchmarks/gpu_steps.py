@@ -37,9 +37,14 @@ MEMORY = ('temp', 'argument', 'output', 'alias', 'generated_code')
 def steps(names: Sequence[str] | None = None) -> dict[str, Callable[[Any], Step]]:
   """The steps, all or those named, first those that matter if the time is short."""
   known = {name: STEPS[name] for name in (HAND, CHAIN, DROP_IN, ADAM, OPAQUE)}
-  if 'compile_once' in inspect.signature(msam_optax.value_and_grad).parameters:
+  if has_compile_once():
     known[COMPILE_ONCE] = drop_in_compile_once
   return {name: known[name] for name in names or known}
+
+
+def has_compile_once() -> bool:
+  """Whether this version of the drop-in can take both passes in one scan."""
+  return 'compile_once' in inspect.signature(msam_optax.value_and_grad).parameters
 
 
 def weigh(
@@ -73,7 +78,7 @@ def weigh(
   figures: dict[str, dict[str, Any]] = {}
   loops: dict[str, Callable[[], None]] = {}
   result = {'parameters': parameters, 'items': items, 'steps': figures}
-  slowest = 0.0
+  slowest = reserve  # a guess, until one is compiled
   for name, make in steps(names).items():
     start = time.perf_counter()
     if left() < slowest + reserve:

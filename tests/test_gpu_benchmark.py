@@ -211,6 +211,23 @@ def test_a_step_without_memory_is_a_result(tmp_path, capsys, monkeypatch):
   assert '| too large | out of memory |' in capsys.readouterr().out
 
 
+def test_compile_once_is_compared_and_timed_where_it_is_known(monkeypatch):
+  asked = []
+  known = msam_optax.value_and_grad
+
+  def newer(*args, compile_once=False, **kwargs):
+    asked.append(compile_once)
+    return known(*args, **kwargs)
+
+  monkeypatch.setattr(msam_optax, 'value_and_grad', newer)
+  gpu_steps.steps()[gpu_steps.COMPILE_ONCE](toy().loss)
+  assert asked == [True]
+  case = gpu_checks.cases()['euclidean']
+  found = [*gpu_checks.check_gradient(case, 'float32', None)]
+  assert {c.name for c in found} >= {'drop-in, compile_once at loss scale 1'}
+  assert all(c.passed for c in found)
+
+
 def test_what_fails_when_run_is_timed_no_more():
   calls = []
 
@@ -290,8 +307,13 @@ def test_a_copy_is_one():
 
 def test_both_ascents_are_the_same():
   shapes = gpu_ascent.transformer_shapes(4, 1, 8)
-  w, g = gpu_ascent.random_trees(jax.random.key(0), shapes)
-  ours, by_hand = gpu_ascent.ascend(w, g), gpu_ascent.by_hand(w, g)
+
+  @jax.jit
+  def both(key):
+    w, g = gpu_ascent.random_trees(key, shapes)
+    return gpu_ascent.ascend(w, g), gpu_ascent.by_hand(w, g)
+
+  ours, by_hand = both(jax.random.key(0))
   assert jax.tree.map(jnp.shape, ours) == shapes
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), ours, by_hand
@@ -307,7 +329,15 @@ def test_networks_have_the_size_that_they_are_said_to_have(make):
 
 @pytest.mark.parametrize('make', ['transformer', 'resnet'])
 def test_bfloat16_is_in_the_arithmetic_alone(make):
-  loss, params, batch = gpu.network(make, 'bfloat16', gpu.SMOKE[make])
+  losses = []
+
+  def shapes():
+    loss, *arguments = gpu.network(make, 'bfloat16', gpu.SMOKE[make])
+    losses.append(loss)
+    return arguments
+
+  params, batch = jax.eval_shape(shapes)
+  (loss,) = losses
   results = jax.eval_shape(jax.value_and_grad(loss), params, batch)
   assert {x.dtype for x in jax.tree.leaves(results)} == {jnp.dtype('float32')}
   text = str(jax.make_jaxpr(jax.grad(loss))(params, batch))
