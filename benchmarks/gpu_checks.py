@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import gpu_truth
-from benchmarks.gpu_steps import has_compile_once
 from benchmarks.gpu_timing import explain
 import msam_optax
 
@@ -175,9 +174,7 @@ def compare_gradients(case, w, data, transformations, probe, metric) -> Iterator
   dtype = w['kernel_1'].dtype.name
   drop_ins = {}
   if metric is not None:
-    drop_ins['drop-in'] = {}
-    if has_compile_once():
-      drop_ins['drop-in, compile_once'] = {'compile_once': True}
+    drop_ins = {'drop-in': {}, 'drop-in, compile_once': {'compile_once': True}}
 
   @jax.jit
   def take(w, data, scale):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-import inspect
 import time
 from typing import Any
 from typing import TYPE_CHECKING
@@ -23,7 +22,6 @@ from benchmarks.cost_steps import STEPS
 from benchmarks.gpu_timing import explain
 from benchmarks.gpu_timing import spread
 from benchmarks.gpu_timing import time_in_turns
-import msam_optax
 
 if TYPE_CHECKING:  # so that what needs no network does not need Flax
   from benchmarks.cost_models import Problem
@@ -37,14 +35,8 @@ MEMORY = ('temp', 'argument', 'output', 'alias', 'generated_code')
 def steps(names: Sequence[str] | None = None) -> dict[str, Callable[[Any], Step]]:
   """The steps, all or those named, first those that matter if the time is short."""
   known = {name: STEPS[name] for name in (HAND, CHAIN, DROP_IN, ADAM, OPAQUE)}
-  if has_compile_once():
-    known[COMPILE_ONCE] = drop_in_compile_once
+  known[COMPILE_ONCE] = drop_in_compile_once
   return {name: known[name] for name in names or known}
-
-
-def has_compile_once() -> bool:
-  """Whether this version of the drop-in can take both passes in one scan."""
-  return 'compile_once' in inspect.signature(msam_optax.value_and_grad).parameters
 
 
 def weigh(
