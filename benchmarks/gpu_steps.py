@@ -81,24 +81,32 @@ def weigh(
         compiled, figures[name] = compile_step(step, problem)
         loops[name] = loop(compiled, step, problem, repeats)
       except Exception as error:
-        figures[name] = explain(error)
+        figures[name] = figures.get(name, {}) | explain(error)
     slowest = max(slowest, time.perf_counter() - start)
     say(f'  {name}: {said(figures[name])}')
     yield result
   timing = time_in_turns(loops, rounds=rounds, left=left)
-  loops.clear()
   for name, failure in timing.failures.items():
     say(f'  {name}: {said(failure)}')
     figures[name] |= failure
-  reference = timing.seconds.get(HAND)
-  for name, seconds in timing.seconds.items():
-    milliseconds = 1000 * np.asarray(seconds) / repeats
-    figures[name]['ms'] = spread(milliseconds) | {'rounds': milliseconds.tolist()}
-    if reference:
-      # Round by round, so that a slow moment of the machine cancels.
-      figures[name]['ratio'] = spread(np.divide(seconds, reference))
+  for name, times in step_times(timing.seconds, repeats).items():
+    figures[name] |= times
   result['memory_stats'] = memory_stats()
   yield result
+
+
+def step_times(
+  seconds: Mapping[str, list[float]], repeats: int
+) -> dict[str, dict[str, Any]]:
+  """Milliseconds a step, and the ratio to the step by hand if that was timed."""
+  times = {}
+  for name, measured in seconds.items():
+    ms = 1000 * np.asarray(measured) / repeats
+    times[name] = {'ms': spread(ms) | {'rounds': ms.tolist()}}
+    if HAND in seconds:
+      # Round by round, so that a slow moment of the machine cancels.
+      times[name]['ratio'] = spread(np.divide(measured, seconds[HAND]))
+  return times
 
 
 def compile_step(step: Step, problem: 'Problem') -> tuple[Any, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Times of several things in turns, and what they come to."""
 
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
 import time
 import traceback
@@ -26,19 +25,20 @@ class Timing(NamedTuple):
 
 
 def time_in_turns(
-  loops: Mapping[str, Callable[[], None]], *, rounds: int, left: Callable[[], float]
+  loops: dict[str, Callable[[], None]], *, rounds: int, left: Callable[[], float]
 ) -> Timing:
   """Times each loop once a round, so that a slow moment hits them all.
 
   Args:
-    loops: functions that return when the device has finished.
+    loops: functions that return when the device has finished. Those that raise (out
+      of memory, say) are deleted from the dict, and with them the arrays they hold.
     rounds: how many rounds count; two more go before, to warm up.
     left: the seconds left; when it is negative, no further round begins.
 
   Returns:
-    A :class:`Timing`. What raises (out of memory, say) is left out from then on.
+    A :class:`Timing`.
   """
-  loops, failures = dict(loops), {}
+  failures = {}
   seconds: dict[str, list[float]] = {name: [] for name in loops}
   for turn in range(WARM_UP + rounds):
     if turn >= WARM_UP + LEAST and left() < 0:
@@ -49,7 +49,7 @@ def time_in_turns(
         loops[name]()
       except Exception as error:
         failures[name] = explain(error)
-        del loops[name], seconds[name]  # and with them the arrays that they hold
+        del loops[name], seconds[name]
         continue
       if turn >= WARM_UP:
         seconds[name].append(time.perf_counter() - start)

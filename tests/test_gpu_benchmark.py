@@ -228,13 +228,31 @@ def test_what_fails_when_run_is_timed_no_more():
     if len(calls) > 2:
       raise jax.errors.JaxRuntimeError(NO_MEMORY)
 
-  timing = gpu_timing.time_in_turns(
-    {'fails': fails, 'works': lambda: None}, rounds=4, left=NEVER_OVER
-  )
+  loops = {'fails': fails, 'works': lambda: None}
+  timing = gpu_timing.time_in_turns(loops, rounds=4, left=NEVER_OVER)
+  assert list(loops) == ['works']  # the other holds arrays no more
   assert timing.failures['fails']['failed'] == 'out of memory'
   assert list(timing.seconds) == ['works']
   assert len(timing.seconds['works']) == 4
   assert len(calls) == 3
+
+
+def test_what_was_compiled_before_the_memory_was_full_is_kept(monkeypatch):
+  def full(*args):
+    raise jax.errors.JaxRuntimeError(NO_MEMORY)
+
+  monkeypatch.setattr(gpu_steps, 'loop', full)
+  *_, result = weigh_toy(NEVER_OVER, reserve=0.0)
+  for figures in result['steps'].values():
+    assert figures['failed'] == 'out of memory'
+    assert figures['memory']['total'] > 0
+
+
+def test_times_are_those_of_one_step_beside_the_one_by_hand():
+  times = gpu_steps.step_times({HAND: [1.0, 2.0], 'other': [3.0, 4.0]}, repeats=2)
+  assert times['other']['ms']['rounds'] == [1500.0, 2000.0]
+  assert times['other']['ratio']['median'] == 2.5
+  assert 'ratio' not in gpu_steps.step_times({'other': [3.0]}, repeats=1)['other']
 
 
 def test_rounds_end_when_the_time_is_over():
