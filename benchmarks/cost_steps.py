@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 def adam(loss) -> Step:
   """Adam alone: one gradient."""
-  return _step(optax.adam(RATE), jax.value_and_grad(loss))
+  return step(optax.adam(RATE), jax.value_and_grad(loss))
 
 
 def two_gradients(loss) -> Step:
@@ -47,14 +47,14 @@ def two_gradients(loss) -> Step:
     probe = jax.tree.map(lambda w, g: w + radius * g, params, g)
     return value, jax.grad(loss)(probe, batch)
 
-  return _step(optax.adam(RATE), value_and_grad)
+  return step(optax.adam(RATE), value_and_grad)
 
 
 def contrib_sam_opaque(loss) -> Step:
   """``optax.contrib.sam``, both gradients in one call; plain SAM."""
   adversary = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
   tx = optax.contrib.sam(optax.adam(RATE), adversary, opaque_mode=True)
-  return _step(
+  return step(
     tx, jax.value_and_grad(loss), lambda batch: lambda w, _: jax.grad(loss)(w, batch)
   )
 
@@ -63,20 +63,20 @@ def contrib_sam_transparent(loss) -> Step:
   """``optax.contrib.sam``, one gradient a call, so two calls a step; plain SAM."""
   adversary = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
   tx = optax.contrib.sam(optax.adam(RATE), adversary)
-  return _step(tx, jax.value_and_grad(loss))._replace(calls=2)
+  return step(tx, jax.value_and_grad(loss))._replace(calls=2)
 
 
 def chain_msam(loss) -> Step:
   """``chain(msam, adam)``: the transformation of this library."""
   tx = optax.chain(msam_optax.msam(RHO), optax.adam(RATE))
-  return _step(
+  return step(
     tx, jax.value_and_grad(loss), lambda batch: lambda w: jax.grad(loss)(w, batch)
   )
 
 
 def drop_in(loss) -> Step:
   """``msam_optax.value_and_grad`` in the place of ``jax.value_and_grad``."""
-  return _step(optax.adam(RATE), msam_optax.value_and_grad(loss, rho=RHO))
+  return step(optax.adam(RATE), msam_optax.value_and_grad(loss, rho=RHO))
 
 
 def drop_in_compile_once(loss) -> Step:
@@ -84,7 +84,7 @@ def drop_in_compile_once(loss) -> Step:
 
   It is not among ``STEPS``: on a CPU convolutions in a scan are many times slower.
   """
-  return _step(
+  return step(
     optax.adam(RATE), msam_optax.value_and_grad(loss, rho=RHO, compile_once=True)
   )
 
@@ -104,7 +104,7 @@ STEPS = {
 }
 
 
-def _step(tx, value_and_grad, make_grad_fn=None) -> Step:
+def step(tx, value_and_grad, make_grad_fn=None) -> Step:
   def run(carry, batch):
     params, opt_state = carry
     value, grads = value_and_grad(params, batch)
