@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax.masks import at_path
+from msam_optax.reductions import leaf_axes
 
 
 def check_params(params: Any, mask: Any) -> None:
@@ -146,8 +147,8 @@ def check_varying(grads: Any, axis_name: Any) -> None:
   if axis_name is None:
     return
   for axis in axis_name if isinstance(axis_name, tuple) else (axis_name,):
-    if axis in _varying(jax.lax.axis_index(axis)) and not all(
-      axis in _varying(g) for g in jax.tree.leaves(grads)
+    if axis in varying_axes(jax.lax.axis_index(axis)) and not all(
+      axis in varying_axes(g) for g in jax.tree.leaves(grads)
     ):
       raise ValueError(
         f'These gradients are summed over {axis!r} already, as shard_map does with'
@@ -157,7 +158,30 @@ def check_varying(grads: Any, axis_name: Any) -> None:
       )
 
 
-def _varying(x):
+def check_sharded(grads: Any, param_specs: Any) -> None:
+  """Raises if ``param_specs`` names an axis along which a gradient is the same.
+
+  Its squares would be counted once a device. Only a checked ``shard_map`` can tell.
+
+  Args:
+    grads: the gradients.
+    param_specs: how the parameters are said to be sharded, see :func:`leaf_axes`.
+
+  Raises:
+    ValueError: if a leaf is not sharded as it is said to be.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(grads)
+  for (path, g), axes in zip(leaves, leaf_axes(param_specs, grads), strict=True):
+    for axis in axes:
+      if axis in varying_axes(jax.lax.axis_index(axis)) - varying_axes(g):
+        raise ValueError(
+          f'`param_specs` says that the leaf {at_path(path)} is sharded over {axis!r},'
+          ' but its gradient is the same all along that axis. Give the specs that'
+          ' shard_map has as `in_specs` for the parameters.'
+        )
+
+
+def varying_axes(x: Any) -> frozenset[str]:
   """The manual axes along which an array varies, where JAX tracks them."""
   kind = jax.typeof(x)
   kind = getattr(kind, 'manual_axis_type', kind)

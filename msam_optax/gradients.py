@@ -6,9 +6,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
+from msam_optax.shards import mean_over_devices
+from msam_optax.shards import over_shards
+from msam_optax.shards import zeros_like
 from msam_optax.transformation import sharpness_aware
 
 
@@ -21,8 +25,12 @@ def value_and_grad(
   has_aux: bool = False,
   mask: Any = None,
   axis_name: Any = None,
+  shards: int | None = None,
+  vectorize_shards: bool = False,
   sync_ascent: bool = False,
+  param_specs: Any = None,
   perturbation_dtype: Any = None,
+  compile_once: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
   """Takes the place of ``jax.value_and_grad``: the gradient is sharpness-aware.
 
@@ -31,6 +39,12 @@ def value_and_grad(
   else in a training loop changes, so this works under every Optax wrapper and in
   every trainer; :func:`sharpness_aware` is the same as an Optax transformation,
   with schedules and with scalars to log.
+
+  The batch may be in parts: on the devices of a mapped axis (``axis_name``), in
+  micro-batches on each of them (``shards``), or both. By default every part goes
+  uphill on its own, and the gradients at their probes are averaged: m-sharpness,
+  with ``m`` the number of parts. With ``sync_ascent`` all go uphill together, along
+  the average of their gradients, which gives the same as the whole batch at once.
 
   Args:
     loss_fn: function to differentiate; returns a scalar, or ``(scalar, aux)``. Both
@@ -45,9 +59,23 @@ def value_and_grad(
       JAX cannot differentiate, as integers, belong into another argument.)
     axis_name: the mapped axis over which the gradient at the probe is averaged. The
       value and the auxiliary output are those of each replica.
+    shards: number of micro-batches, >= 1, into which the first axis of every array
+      among the other arguments is cut; scalars, as typed random keys, go whole to
+      each. The value is the mean of theirs, the auxiliary output is stacked. The
+      ``loss_fn`` must take the mean over its batch.
+    vectorize_shards: whether to take all micro-batches at once (``vmap``; as fast as
+      the whole batch, with a probe and a gradient in memory for each), and not one
+      after the other (``scan``; the memory of one).
     sync_ascent: whether to average the gradient for the ascent, too.
+    param_specs: how the parameters are sharded inside ``shard_map``, see
+      :func:`sharpness_aware`.
     perturbation_dtype: floating dtype in which ``loss_fn`` gets the probe, by
       default that of the parameters.
+    compile_once: whether to run both passes as two iterations of one loop, so that
+      the program holds one copy of the gradient: less to compile, less code, and no
+      second copy for an automatic partitioner to shard worse. Meant for large models
+      on accelerators; convolutions in a loop are many times slower on the CPU. The
+      clean pass, too, then gets the parameters in ``perturbation_dtype``.
 
   Returns:
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
@@ -57,7 +85,8 @@ def value_and_grad(
   Raises:
     TypeError: if ``metric`` is no metric, or a parameter not real floating point.
     ValueError: if ``rho`` is a schedule, negative or not finite, if the metric has a
-      state, or the mask does not fit.
+      state, the mask does not fit, ``sync_ascent`` has nothing to average over, or the
+      batch cannot be cut into ``shards``.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -68,30 +97,54 @@ def value_and_grad(
     >>> print(value, grads)
     1.0 [1.8 2.4]
 
+    Four examples, in two micro-batches, each with a probe of its own:
+
+    >>> loss = lambda w, x: jnp.mean((x - w) ** 2)
+    >>> value, grads = value_and_grad(loss, euclidean(), rho=0.5, shards=2)(
+    ...     jnp.array(0.0), jnp.array([1.0, 1.0, 3.0, 3.0]))
+    >>> print(value, grads)
+    5.0 -5.0
+
   References:
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
+  _check_parts(axis_name, shards, sync_ascent)
   at_probe = without_state(
     metric,
     rho,
     mask=mask,
-    axis_name=axis_name,
-    sync_ascent=sync_ascent,
+    param_specs=param_specs,
     perturbation_dtype=perturbation_dtype,
   )
-  clean = jax.value_and_grad(loss_fn, argnums, has_aux=has_aux)
-  gradient = jax.grad(loss_fn, argnums, has_aux=has_aux)
+
+  in_parts = functools.partial(
+    over_shards,
+    shards=shards,
+    argnums=argnums,
+    has_aux=has_aux,
+    vectorize=vectorize_shards,
+  )
+  average = lambda grads: mean_over_devices(grads, axis_name)
+  plain = jax.value_and_grad(loss_fn, argnums, has_aux=has_aux)
+  both_passes = functools.partial(
+    _looped if compile_once else _straight,
+    at_probe=at_probe,
+    argnums=argnums,
+    dtype=perturbation_dtype,
+  )
+  if sync_ascent:
+    take = both_passes(in_parts(plain), average=average, synced=axis_name)
+  else:
+    take = in_parts(both_passes(plain, average=lambda grads: grads, synced=()))
 
   @functools.wraps(loss_fn)
   def value_and_grad_fn(*args, **kwargs):
-    value, grads = clean(*args, **kwargs)
-
-    def grad_fn(probe):
-      result = gradient(*_replace(args, argnums, probe), **kwargs)
-      return result[0] if has_aux else result
-
-    return value, at_probe(grads, _select(args, argnums), grad_fn)
+    output, grads = take(*args, **kwargs)
+    grads = grads if sync_ascent else average(grads)
+    return output, jax.tree.map(
+      lambda g, w: g.astype(jnp.result_type(w)), grads, _select(args, argnums)
+    )
 
   return value_and_grad_fn
 
@@ -132,6 +185,60 @@ def without_state(
     return grads
 
   return at_probe
+
+
+def _straight(take, *, at_probe, argnums, dtype, average, synced):
+  """The clean pass, and the pass at the probe."""
+  del synced
+
+  def both(*args, **kwargs):
+    output, grads = take(*args, **kwargs)
+    g = _cast(average(grads), dtype)
+    grad_fn = lambda probe: take(*_replace(args, argnums, probe), **kwargs)[1]
+    return output, average(at_probe(g, _select(args, argnums), grad_fn))
+
+  return both
+
+
+def _looped(take, *, at_probe, argnums, dtype, average, synced):
+  """Both passes as the iterations of ``g ← ∇ℓ(w + δ(g))``, from ``g = 0``.
+
+  A gradient of zero is no perturbation, so the first iteration is the clean pass.
+  """
+
+  def both(*args, **kwargs):
+    params = _select(args, argnums)
+
+    def one_pass(g, _):
+      outputs = []
+
+      def grad_fn(probe):
+        output, grads = take(*_replace(args, argnums, probe), **kwargs)
+        outputs.append(output)
+        return jax.tree.map(lambda x, g: x.astype(g.dtype), grads, g)
+
+      return average(at_probe(g, params, grad_fn)), outputs[0]
+
+    start = _cast(zeros_like(params, synced), dtype)
+    grads, outputs = jax.lax.scan(one_pass, start, length=2)
+    return jax.tree.map(lambda x: x[0], outputs), grads
+
+  return both
+
+
+def _check_parts(axis_name, shards, sync_ascent):
+  if shards is not None and (not isinstance(shards, int) or shards < 1):
+    raise ValueError(f'`shards` must be a whole number >= 1, got {shards!r}.')
+  if sync_ascent and axis_name is None and shards is None:
+    raise ValueError(
+      '`sync_ascent=True` averages the ascent gradient over the parts of a batch: name'
+      ' the mapped axis that they lie on, as in `axis_name="batch"`, or cut the batch'
+      ' with `shards`.'
+    )
+
+
+def _cast(tree, dtype):
+  return tree if dtype is None else jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 def _select(args, argnums):

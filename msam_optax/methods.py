@@ -25,6 +25,7 @@ def msam(
   mask: Any = None,
   axis_name: Any = None,
   sync_ascent: bool = False,
+  param_specs: Any = None,
   perturbation_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Monge SAM: the gradient at the worst point near by, as the loss surface sees it.
@@ -45,8 +46,9 @@ def msam(
     mask: which leaves are moved and are part of the norm, by default all.
     axis_name: the mapped axis over which the gradient at the probe is averaged.
     sync_ascent: whether to average the gradient for the ascent, too.
+    param_specs: the params' ``PartitionSpec``s, if sharded inside ``shard_map``.
     perturbation_dtype: dtype of the probe, by default that of the params.
-      The last four are those of :func:`sharpness_aware`, which tells more.
+      The last five are those of :func:`sharpness_aware`, which tells more.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`.
@@ -77,6 +79,7 @@ def msam(
     mask=mask,
     axis_name=axis_name,
     sync_ascent=sync_ascent,
+    param_specs=param_specs,
     perturbation_dtype=perturbation_dtype,
   )
 
@@ -87,6 +90,7 @@ def sam(
   mask: Any = None,
   axis_name: Any = None,
   sync_ascent: bool = False,
+  param_specs: Any = None,
   perturbation_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """SAM: the gradient at the worst point within the Euclidean distance ``ρ``.
@@ -98,8 +102,9 @@ def sam(
     mask: which leaves are moved and are part of the norm, by default all.
     axis_name: the mapped axis over which the gradient at the probe is averaged.
     sync_ascent: whether to average the gradient for the ascent, too.
+    param_specs: the params' ``PartitionSpec``s, if sharded inside ``shard_map``.
     perturbation_dtype: dtype of the probe, by default that of the params.
-      The last four are those of :func:`sharpness_aware`, which tells more.
+      The last five are those of :func:`sharpness_aware`, which tells more.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`.
@@ -129,6 +134,7 @@ def sam(
     mask=mask,
     axis_name=axis_name,
     sync_ascent=sync_ascent,
+    param_specs=param_specs,
     perturbation_dtype=perturbation_dtype,
   )
 
@@ -141,6 +147,7 @@ def asam(
   mask: Any = None,
   axis_name: Any = None,
   sync_ascent: bool = False,
+  param_specs: Any = None,
   perturbation_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """ASAM: adaptive SAM, whose distances are relative to the size of each weight.
@@ -156,8 +163,9 @@ def asam(
     mask: which leaves are moved and are part of the norm, by default all.
     axis_name: the mapped axis over which the gradient at the probe is averaged.
     sync_ascent: whether to average the gradient for the ascent, too.
+    param_specs: the params' ``PartitionSpec``s, if sharded inside ``shard_map``.
     perturbation_dtype: dtype of the probe, by default that of the params.
-      The last four are those of :func:`sharpness_aware`, which tells more.
+      The last five are those of :func:`sharpness_aware`, which tells more.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`.
@@ -187,6 +195,7 @@ def asam(
     mask=mask,
     axis_name=axis_name,
     sync_ascent=sync_ascent,
+    param_specs=param_specs,
     perturbation_dtype=perturbation_dtype,
   )
 
@@ -198,6 +207,7 @@ def fisher_sam(
   mask: Any = None,
   axis_name: Any = None,
   sync_ascent: bool = False,
+  param_specs: Any = None,
   perturbation_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Fisher SAM: SAM whose distances are those of a diagonal Fisher metric.
@@ -211,8 +221,9 @@ def fisher_sam(
     mask: which leaves are moved and are part of the norm, by default all.
     axis_name: the mapped axis over which the gradient at the probe is averaged.
     sync_ascent: whether to average the gradient for the ascent, too.
+    param_specs: the params' ``PartitionSpec``s, if sharded inside ``shard_map``.
     perturbation_dtype: dtype of the probe, by default that of the params.
-      The last four are those of :func:`sharpness_aware`, which tells more.
+      The last five are those of :func:`sharpness_aware`, which tells more.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`.
@@ -242,5 +253,6 @@ def fisher_sam(
     mask=mask,
     axis_name=axis_name,
     sync_ascent=sync_ascent,
+    param_specs=param_specs,
     perturbation_dtype=perturbation_dtype,
   )

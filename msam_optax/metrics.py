@@ -51,11 +51,13 @@ class Metric(NamedTuple):
   Attributes:
     init: ``params -> state``. A metric without state returns a tree without
       leaves.
-    ascend: ``(grads, state, params) -> (Ascent, state)``.
+    ascend: ``(grads, state, params) -> (Ascent, state)``. If it is to work on
+      parameters that are sharded inside ``shard_map``, it also takes ``param_specs=``,
+      their ``PartitionSpec``s, and sums over the axes that they name.
   """
 
   init: Callable[[Any], Any]
-  ascend: Callable[[Any, Any, Any], tuple[Ascent, Any]]
+  ascend: Callable[..., tuple[Ascent, Any]]
 
 
 class MongeState(NamedTuple):
@@ -73,11 +75,11 @@ class MongeState(NamedTuple):
 def _diagonal(scale: Callable[[Any, Any], Any]) -> Metric:
   """The metric ``G = T⁻²`` for ``T = scale(grads, params)``, without state."""
 
-  def ascend(grads, state, params):
+  def ascend(grads, state, params, *, param_specs=None):
     dtype = wide_dtype(grads)
     T = jax.tree.map(lambda t: jnp.asarray(t, dtype), scale(grads, params))
     h = jax.tree.map(lambda t, g: t * jnp.asarray(g, dtype), T, grads)
-    unit, norm = normalize(h)
+    unit, norm = normalize(h, param_specs)
     direction = jax.tree.map(
       lambda t, u, g: jnp.where(norm > 0, t * u, 0.0).astype(jnp.result_type(g)),
       T,
@@ -264,11 +266,11 @@ def monge(alpha: Hyperparameter = 1.0, base: Metric = euclidean()) -> Metric:
       return MongeState(jnp.zeros([], jnp.int32), base_state)
     return base_state
 
-  def ascend(grads, state, params):
+  def ascend(grads, state, params, **kwargs):
     if not callable(alpha):
-      ascent, state = base.ascend(grads, state, params)
+      ascent, state = base.ascend(grads, state, params, **kwargs)
       return _add_gradient_outer_product(ascent, alpha), state
-    ascent, base_state = base.ascend(grads, state.base, params)
+    ascent, base_state = base.ascend(grads, state.base, params, **kwargs)
     ascent = _add_gradient_outer_product(ascent, value_at('alpha', alpha, state.count))
     return ascent, MongeState(optax.safe_increment(state.count), base_state)
 

@@ -6,26 +6,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from msam_optax.reductions import leaf_axes
+from msam_optax.reductions import maxima
+from msam_optax.reductions import total
 
-def normalize(tree: Any) -> tuple[Any, jax.Array]:
+
+def normalize(tree: Any, param_specs: Any = None) -> tuple[Any, jax.Array]:
   """The tree divided by its Euclidean norm, and the norm.
 
   All is scaled by the largest magnitude first, so that no square over- or underflows.
 
   Args:
     tree: pytree of real floating-point arrays, all of the same dtype.
+    param_specs: how its leaves are sharded inside ``shard_map``, see
+      :func:`leaf_axes`; the norm is that of the whole tree.
 
   Returns:
     The tree of length one, and the norm, a scalar; zeros, both, where the norm is
     zero or not finite.
   """
-  leaves, dtype = jax.tree.leaves(tree), wide_dtype(tree)
-  zero = jnp.zeros([], dtype)
-  largest = functools.reduce(jnp.maximum, map(largest_magnitude, leaves), zero)
+  leaves, axes = jax.tree.leaves(tree), leaf_axes(param_specs, tree)
+  zero = jnp.zeros([], wide_dtype(tree))
+  magnitudes = maxima([largest_magnitude(x) for x in leaves], axes)
+  largest = functools.reduce(jnp.maximum, magnitudes, zero)
   usable = (largest > 0) & jnp.isfinite(largest)
   # The results do not depend on the scale, so their derivatives need not know it.
   scale = jax.lax.stop_gradient(jnp.where(usable, largest, 1.0))
-  squares = sum((jnp.sum(jnp.square(x / scale)) for x in leaves), zero)
+  squares = total([jnp.sum(jnp.square(x / scale)) for x in leaves], axes, zero)
   root = jnp.sqrt(jnp.where(usable, squares, 1.0))
   usable &= jnp.isfinite(scale * root)
   unit = jax.tree.map(lambda x: jnp.where(usable, x / scale / root, 0.0), tree)
@@ -33,8 +40,10 @@ def normalize(tree: Any) -> tuple[Any, jax.Array]:
 
 
 def largest_magnitude(x: jax.Array) -> jax.Array:
-  """``max|x|``, not finite if any entry is not; 0 for an empty array."""
-  return jnp.max(jnp.abs(widen(x)), initial=0.0)
+  """``max|x|``, infinite if any entry is not finite; 0 for an empty array."""
+  x = widen(x)
+  # Across devices a maximum may lose a NaN, as it does on the CPU.
+  return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)), initial=0.0)
 
 
 def widen(x: Any, like: Any = None) -> jax.Array:

@@ -13,6 +13,9 @@ from msam_optax.metrics import Metric
 from msam_optax.numerics import largest_magnitude
 from msam_optax.numerics import wide_dtype
 from msam_optax.numerics import widen
+from msam_optax.reductions import leaf_axes
+from msam_optax.reductions import maxima
+from msam_optax.reductions import total
 
 
 def perturb(
@@ -61,7 +64,13 @@ def perturb(
 
 
 def ascend(
-  metric: Metric, grads: Any, state: Any, params: Any, *, mask: Any = None
+  metric: Metric,
+  grads: Any,
+  state: Any,
+  params: Any,
+  *,
+  mask: Any = None,
+  param_specs: Any = None,
 ) -> tuple[Ascent, Any]:
   """The metric's ascent over the admitted leaves: the others are not in its norm."""
 
@@ -73,26 +82,36 @@ def ascend(
     return jnp.zeros(jnp.shape(g), dtype if floating else jnp.float32)
 
   mask = resolve_mask(mask, params)
-  return metric.ascend(jax.tree.map(admit, mask, grads), state, params)
+  # A metric that is not made for sharded parameters need not know of them.
+  kwargs = {} if param_specs is None else {'param_specs': param_specs}
+  return metric.ascend(jax.tree.map(admit, mask, grads), state, params, **kwargs)
 
 
-def distance(probe: Any, params: Any, *, mask: Any = None) -> jax.Array:
+def distance(
+  probe: Any, params: Any, *, mask: Any = None, param_specs: Any = None
+) -> jax.Array:
   """``‖probe − w‖₂``, so with what rounding to the params' dtype has left of it."""
-  mask = jax.tree.leaves(resolve_mask(mask, params))
-  pairs = zip(mask, jax.tree.leaves(probe), jax.tree.leaves(params), strict=True)
-  dtype = wide_dtype(params)
-  squares = [
-    jnp.sum(jnp.square(widen(p, like=w) - widen(w))).astype(dtype)
-    for moved, p, w in pairs
-    if moved
-  ]
-  total = sum(squares, jnp.zeros([], dtype))
+  zero = jnp.zeros([], wide_dtype(params))
+
+  def squared(moved, p, w):
+    if not moved:
+      return zero
+    return jnp.sum(jnp.square(widen(p, like=w) - widen(w))).astype(zero.dtype)
+
+  squares = jax.tree.map(squared, resolve_mask(mask, params), probe, params)
+  axes = leaf_axes(param_specs, params)
+  square = total(jax.tree.leaves(squares), axes, zero)
   # Both branches finite, so that the derivative where nothing moved is 0, not NaN.
-  return jnp.where(total == 0, 0.0, jnp.sqrt(jnp.where(total == 0, 1.0, total)))
+  return jnp.where(square == 0, 0.0, jnp.sqrt(jnp.where(square == 0, 1.0, square)))
 
 
 def settle(
-  probe_grads: Any, grads: Any, radius: jax.Array, average: Callable[[Any], Any]
+  probe_grads: Any,
+  grads: Any,
+  radius: jax.Array,
+  average: Callable[[Any], Any],
+  *,
+  param_specs: Any = None,
 ) -> Any:
   """The gradient at the probe, averaged over replicas and fit to be applied.
 
@@ -105,21 +124,31 @@ def settle(
     grads: the clean gradient.
     radius: scalar, the probe's distance from the parameters; NaN if there is none.
     average: takes the mean over replicas, in the dtypes of ``probe_grads``.
+    param_specs: how the leaves are sharded inside ``shard_map``: all parts of a leaf
+      are NaN where one is.
 
   Returns:
     A pytree with the structure, shapes and dtypes of ``grads``.
   """
 
-  def poison(g_probe, g):
+  def poison(magnitude, g_probe, g):
     if not jnp.issubdtype(jnp.result_type(g), jnp.floating):
       return g_probe
     # That the result depends on the radius has a second use: XLA then measures it
     # before an optimizer overwrites donated parameters, and need not copy them.
-    usable = jnp.isfinite(largest_magnitude(g)) & ~jnp.isnan(radius)
+    usable = jnp.isfinite(magnitude) & ~jnp.isnan(radius)
     return jnp.where(usable, g_probe, jnp.nan)
 
+  magnitudes = jax.tree.map(_magnitude, grads)
+  leaves, structure = jax.tree.flatten(magnitudes)
+  magnitudes = structure.unflatten(maxima(leaves, leaf_axes(param_specs, grads)))
   return jax.tree.map(
     lambda x, g: x.astype(jnp.result_type(g)),
-    average(jax.tree.map(poison, probe_grads, grads)),
+    average(jax.tree.map(poison, magnitudes, probe_grads, grads)),
     grads,
   )
+
+
+def _magnitude(g):
+  floating = jnp.issubdtype(jnp.result_type(g), jnp.floating)
+  return largest_magnitude(g) if floating else jnp.zeros([])

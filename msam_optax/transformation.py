@@ -10,6 +10,7 @@ import optax
 from msam_optax.checks import check_admits
 from msam_optax.checks import check_like
 from msam_optax.checks import check_params
+from msam_optax.checks import check_sharded
 from msam_optax.checks import check_unmasked
 from msam_optax.checks import check_varying
 from msam_optax.checks import pair_hint
@@ -58,6 +59,7 @@ def sharpness_aware(
   mask: Any = None,
   axis_name: Any = None,
   sync_ascent: bool = False,
+  param_specs: Any = None,
   perturbation_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Replaces the gradient by the gradient at the worst point nearby.
@@ -92,6 +94,10 @@ def sharpness_aware(
       be sharded in any way, nothing is to be named.
     sync_ascent: whether to average the gradient for the ascent over ``axis_name``,
       too. By default each replica goes uphill on its own (m-sharpness).
+    param_specs: how the params are sharded inside ``shard_map``: the tree of
+      ``PartitionSpec`` (or a prefix of it) that it has as ``in_specs`` for them.
+      The norm is then that of the whole, summed over the axes that they name. By
+      default each device has all of every leaf.
     perturbation_dtype: floating dtype in which ascent and probe are computed and
       ``grad_fn`` is called, by default that of the params. bfloat16 parameters
       round small perturbations away: take ``jnp.float32`` and let the model cast.
@@ -158,6 +164,7 @@ def sharpness_aware(
     evaluate = evaluation(grad_fn, value_and_grad_fn, extra_args)
     _check_inputs(updates, params)
     check_varying(updates, axis_name)
+    check_sharded(updates, param_specs)
     admitted = resolve_mask(mask, params)
     check_admits(admitted)
     w = _cast(params, perturbation_dtype, admitted)
@@ -168,10 +175,11 @@ def sharpness_aware(
       state.metric_state,
       w,
       mask=admitted,
+      param_specs=param_specs,
     )
     probe = perturb(w, ascent, value_at('rho', rho, state.count), mask=admitted)
     probe_value, probe_grads = evaluate(probe, g, perturbation_dtype is None)
-    radius = distance(probe, w, mask=admitted)
+    radius = distance(probe, w, mask=admitted, param_specs=param_specs)
     scalars = {
       'slope': ascent.slope,
       'radius': radius,
@@ -186,7 +194,8 @@ def sharpness_aware(
         for name, new in scalars.items()
       },
     )
-    return settle(probe_grads, updates, radius, average), new_state
+    new_updates = settle(probe_grads, updates, radius, average, param_specs=param_specs)
+    return new_updates, new_state
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,119 +1,347 @@
-"""Many devices: ``shard_map``, checked or not, and ``jit`` with sharded arrays."""
+"""Many devices: every set-up that JAX has gives what a loop on one device gives."""
 
 import functools
 
 import chex
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
-import optax
 import pytest
 
 import msam_optax
-from tests.problems import batch
-from tests.problems import loss
-from tests.problems import mlp_params
+from tests import by_hand
 
-SHARDS = 4
+PARTS = 4
 if hasattr(jax, 'shard_map'):
   shard_map = jax.shard_map
 else:
   from jax.experimental.shard_map import shard_map
 
-
-def cast(params):
-  """Replicated parameters as ones that vary over the axis."""
-  if hasattr(jax.lax, 'pcast'):
-    return jax.lax.pcast(params, 'i', to='varying')
-  return jax.lax.pvary(params, 'i')
-
-
-def chain_step(params, data, *, sync_ascent):
-  tx = msam_optax.msam(rho=0.3, axis_name='i', sync_ascent=sync_ascent)
-  grad_fn = lambda p: jax.grad(loss)(p, data)
-  updates, state = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
-  return updates, state.slope
-
-
-def drop_in_step(params, data, *, sync_ascent):
-  take = msam_optax.value_and_grad(
-    loss, rho=0.3, axis_name='i', sync_ascent=sync_ascent
-  )
-  _, grads = take(params, data)
-  return grads, np.float32(0)
-
-
-def run(step, *, check_vma, cast_first):
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:SHARDS]), ('i',))
-  inner = lambda params, data: step(cast(params) if cast_first else params, data)
-  mapped = shard_map(
-    inner, mesh=mesh, in_specs=(P(), P('i')), out_specs=P(), check_vma=check_vma
-  )
-  return jax.jit(mapped)(mlp_params(), batch(size=32))
-
-
-def expected(sync_ascent):
-  """A loop over the shards on one device."""
-  params, (x, y) = mlp_params(), batch(size=32)
-  shards = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)]
-  own = [jax.grad(loss)(params, shard) for shard in shards]
-  mean = jax.tree.map(lambda *gs: sum(gs) / SHARDS, *own)
-  at_probes = []
-  for shard, g in zip(shards, own, strict=True):
-    ascent = mean if sync_ascent else g
-    n = float(optax.tree.norm(ascent))
-    factor = 0.3 / (n * np.sqrt(1 + n**2))
-    probe = jax.tree.map(lambda w, g: w + factor * g, params, ascent)
-    at_probes.append(jax.grad(loss)(probe, shard))
-  return jax.tree.map(lambda *gs: sum(gs) / SHARDS, *at_probes)
-
-
-@pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
-@pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
-@pytest.mark.parametrize('step', [chain_step, drop_in_step])
-def test_equals_loop_over_shards(step, check_vma, sync_ascent):
-  step = functools.partial(step, sync_ascent=sync_ascent)
-  updates, _ = run(step, check_vma=check_vma, cast_first=check_vma)
-  chex.assert_trees_all_close(updates, expected(sync_ascent), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize('step', [chain_step, drop_in_step])
-def test_gradients_that_are_summed_already_are_refused(step):
-  step = functools.partial(step, sync_ascent=False)
-  with pytest.raises(ValueError, match=r"summed over 'i' already.*pcast\(params, 'i'"):
-    run(step, check_vma=True, cast_first=False)
-
-
-SHARDINGS = {
-  'data-parallel': {'kernel': P(), 'bias': P(), 'data': P('i')},
-  'fully-sharded': {'kernel': P(None, 'i'), 'bias': P('i'), 'data': P('i')},
-  'tensor-parallel': {'kernel': P(None, 'i'), 'bias': P('i'), 'data': P()},
+METHODS = {
+  'msam': (msam_optax.msam, msam_optax.monge()),
+  'sam': (msam_optax.sam, msam_optax.euclidean()),
+  'asam': (msam_optax.asam, msam_optax.adaptive()),
 }
+# A plain run takes Monge SAM; the others differ from it in a metric.
+every_method = pytest.mark.parametrize(
+  'method',
+  [
+    pytest.param(method, marks=() if method == 'msam' else pytest.mark.slow)
+    for method in METHODS
+  ],
+)
+both_syncs = pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
 
 
-@pytest.mark.parametrize('name', SHARDINGS)
-def test_jit_with_sharded_arrays_equals_one_device(name):
-  """Norm, probe and gradient are those of the whole, wherever its parts lie."""
-  specs = SHARDINGS[name]
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('i',))
-  place = lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-  params = jax.tree.map(lambda p: p[..., :4], mlp_params())
-  params['out']['kernel'] = params['out']['kernel'][:4]
-  data = batch(size=32)
-  tx = msam_optax.msam(rho=0.3)
+def make_params():
+  """A network of one hidden layer, 3 → 8 → 4, whose sizes devices can share."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  return {
+    'hidden': {'kernel': draw(3, 8), 'bias': 0.1 * draw(8)},
+    'out': {'kernel': 0.3 * draw(8, 4), 'bias': 0.1 * draw(4)},
+  }
 
-  @jax.jit
+
+def make_data():
+  rng = np.random.default_rng(1)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  return draw(32, 3), draw(32, 4)
+
+
+def loss(params, data, add_up=lambda x: x):
+  """Mean squared error; ``add_up`` sums what devices have of the hidden layer."""
+  x, y = data
+  h = jnp.tanh(x @ params['hidden']['kernel'] + params['hidden']['bias'][None])
+  out = add_up(h @ params['out']['kernel']) + params['out']['bias'][None]
+  return jnp.mean((out - y) ** 2)
+
+
+def expected(method, **kwargs):
+  return by_hand.sharpness_aware_gradient(
+    method, loss, make_params(), make_data(), **kwargs
+  )
+
+
+def assert_close(got, want):
+  chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def chain(method, loss=loss, **kwargs):
+  """``(params, data) -> (value, updates)`` of the transformation."""
+  tx = METHODS[method][0](rho=by_hand.RHO[method], **kwargs)
+
   def step(params, data):
     take = jax.value_and_grad(lambda p: loss(p, data))
     value, grads = take(params)
-    state = tx.init(params)
-    return tx.update(grads, state, params, value_and_grad_fn=take, value=value)
+    updates, _ = tx.update(
+      grads, tx.init(params), params, value_and_grad_fn=take, value=value
+    )
+    return value, updates
 
-  sharded = {
-    layer: {leaf: place(x, specs[leaf]) for leaf, x in leaves.items()}
-    for layer, leaves in params.items()
+  return step
+
+
+def drop_in(method, loss=loss, **kwargs):
+  return msam_optax.value_and_grad(
+    loss, METHODS[method][1], by_hand.RHO[method], **kwargs
+  )
+
+
+DOORS = {
+  'chain': chain,
+  'drop-in': drop_in,
+  'compiled once': functools.partial(drop_in, compile_once=True),
+}
+every_door = pytest.mark.parametrize('door', DOORS)
+
+
+def mesh(**axes):
+  devices = np.array(jax.devices()[: int(np.prod(list(axes.values())))])
+  return jax.sharding.Mesh(devices.reshape(*axes.values()), tuple(axes))
+
+
+def mapped(step, check_vma, cast=True, out_spec=P()):
+  """The gradients of ``step`` on ``PARTS`` devices with replicated parameters."""
+
+  def inner(params, data):
+    return step(vary(params) if check_vma and cast else params, data)[1]
+
+  return jax.jit(
+    shard_map(
+      inner,
+      mesh=mesh(i=PARTS),
+      in_specs=(P(), P('i')),
+      out_specs=out_spec,
+      check_vma=check_vma,
+    )
+  )(make_params(), make_data())
+
+
+def vary(params, axis='i'):
+  """Replicated parameters as ones that vary over the axis."""
+  if hasattr(jax.lax, 'pcast'):
+    return jax.lax.pcast(params, axis, to='varying')
+  return jax.lax.pvary(params, axis)
+
+
+@both_syncs
+@every_door
+@every_method
+@pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
+def test_shard_map(check_vma, method, door, sync):
+  step = DOORS[door](method, axis_name='i', sync_ascent=sync)
+  assert_close(mapped(step, check_vma), expected(method, parts=PARTS, synced=sync)[1])
+
+
+@both_syncs
+@every_door
+@every_method
+@pytest.mark.filterwarnings('ignore:.*pmap.*')
+def test_pmap(method, door, sync):
+  step = DOORS[door](method, axis_name='i', sync_ascent=sync)
+  data = jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), make_data())
+  values, grads = jax.pmap(step, axis_name='i', in_axes=(None, 0))(make_params(), data)
+  value, want = expected(method, parts=PARTS, synced=sync)
+  for i in range(PARTS):
+    assert_close(jax.tree.map(lambda g, i=i: g[i], grads), want)
+  np.testing.assert_allclose(np.mean(values), value, rtol=1e-6)
+
+
+LAYOUTS = {
+  'data-parallel': ({'kernel': P(), 'bias': P()}, P('i')),
+  'fully-sharded': ({'kernel': P(None, 'i'), 'bias': P('i')}, P('i')),
+  'tensor-parallel': ({'kernel': P(None, 'i'), 'bias': P('i')}, P()),
+}
+
+
+def place(layout, axis_types=None):
+  """Parameters and data as arrays that lie on ``PARTS`` devices."""
+  specs, data_spec = LAYOUTS[layout]
+  devices = np.array(jax.devices()[:PARTS])
+  kwargs = {} if axis_types is None else {'axis_types': axis_types}
+  on = jax.sharding.Mesh(devices, ('i',), **kwargs)
+  put = lambda x, spec: jax.device_put(x, NamedSharding(on, spec))
+  params = {
+    layer: {name: put(x, specs[name]) for name, x in leaves.items()}
+    for layer, leaves in make_params().items()
   }
-  updates, state = step(sharded, tuple(place(x, specs['data']) for x in data))
-  chex.assert_trees_all_close((updates, state), step(params, data), rtol=1e-5)
-  drop_in = jax.jit(msam_optax.value_and_grad(loss, rho=0.3))(sharded, data)[1]
-  chex.assert_trees_all_close(drop_in, updates, rtol=1e-4, atol=1e-6)
+  return params, tuple(put(x, data_spec) for x in make_data()), on
+
+
+@every_door
+@every_method
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_jit_with_sharded_arrays(layout, method, door):
+  params, data, _ = place(layout)
+  value, grads = jax.jit(DOORS[door](method))(params, data)
+  want_value, want = expected(method)
+  assert_close(grads, want)
+  np.testing.assert_allclose(value, want_value, rtol=1e-6)
+
+
+@pytest.mark.skipif(
+  not hasattr(jax.sharding.AxisType, 'Explicit') or not hasattr(jax, 'set_mesh'),
+  reason='this JAX has no explicit sharding',
+)
+@every_door
+def test_jit_with_explicit_sharding(door):
+  """Where shardings are part of the types, the gradient has that of its parameter."""
+  params, data, on = place(
+    'fully-sharded', axis_types=(jax.sharding.AxisType.Explicit,)
+  )
+  gathered = lambda p, data: loss(
+    jax.tree.map(lambda w: jax.sharding.reshard(w, P()), p), data
+  )
+  with jax.set_mesh(on):
+    _, grads = jax.jit(DOORS[door]('msam', gathered))(params, data)
+  assert_close(grads, expected('msam')[1])
+  jax.tree.map(lambda g, w: chex.assert_equal(g.sharding, w.sharding), grads, params)
+
+
+TENSOR_PARALLEL = {
+  'hidden': {'kernel': P(None, 'model'), 'bias': P('model')},
+  'out': {'kernel': P('model', None), 'bias': P()},
+}
+
+
+@both_syncs
+@every_door
+@every_method
+def test_shard_map_with_sharded_parameters(method, door, sync):
+  """Data over one axis, the hidden layer over another, one leaf on every device.
+
+  ``shard_map`` is checked: only so are gradients through a sum over devices right.
+  """
+  add_up = functools.partial(jax.lax.psum, axis_name='model')
+  step = DOORS[door](
+    method,
+    functools.partial(loss, add_up=add_up),
+    axis_name='data',
+    sync_ascent=sync,
+    param_specs=TENSOR_PARALLEL,
+  )
+  grads = jax.jit(
+    shard_map(
+      lambda params, data: step(vary(params, 'data'), data)[1],
+      mesh=mesh(data=4, model=2),
+      in_specs=(TENSOR_PARALLEL, P('data')),
+      out_specs=TENSOR_PARALLEL,
+    )
+  )(make_params(), make_data())
+  assert_close(grads, expected(method, parts=4, synced=sync)[1])
+
+
+@every_door
+@every_method
+@pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
+def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, door):
+  """The gradient of a gathered parameter comes back as the sum, scattered."""
+  specs = {layer: {'kernel': P(None, 'i'), 'bias': P('i')} for layer in make_params()}
+
+  def gathered(params, data):
+    whole = jax.tree.map(
+      lambda w: jax.lax.all_gather(w, 'i', axis=w.ndim - 1, tiled=True), params
+    )
+    return loss(whole, data) / PARTS
+
+  step = DOORS[door](method, gathered, param_specs=specs)
+  grads = jax.jit(
+    shard_map(
+      lambda params, data: step(params, data)[1],
+      mesh=mesh(i=PARTS),
+      in_specs=(specs, P('i')),
+      out_specs=specs,
+      check_vma=check_vma,
+    )
+  )(make_params(), make_data())
+  assert_close(grads, expected(method)[1])
+
+
+def test_one_spec_is_for_every_leaf_and_scalars_are_of_the_whole():
+  """Slope and radius are the same on all devices, and are those of one device."""
+  w = jnp.arange(1.0, 9.0)
+  loss = lambda w: 0.5 * jnp.sum(jnp.square(w))
+  tx = msam_optax.msam(rho=0.1, param_specs=P('i'))
+
+  def step(w):
+    _, state = tx.update(w, tx.init(w), w, grad_fn=jax.grad(loss))
+    return jnp.stack([state.slope, state.radius])[None]
+
+  got = shard_map(
+    step, mesh=mesh(i=4), in_specs=P('i'), out_specs=P('i'), check_vma=False
+  )(w)
+  n = np.linalg.norm(w)
+  want = [n / np.sqrt(1 + n**2), 0.1 / np.sqrt(1 + n**2)]
+  np.testing.assert_array_equal(got, np.tile(got[0], (4, 1)))
+  # The radius is the one that is left after rounding w + δ.
+  np.testing.assert_allclose(got[0], want, rtol=5e-5)
+
+
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
+@pytest.mark.parametrize('explicit', [False, True], ids=['jit', 'shard_map'])
+def test_one_bad_entry_on_one_device_is_seen_on_all(explicit, bad):
+  """A maximum over devices may lose a NaN; the leaf is NaN everywhere all the same."""
+  grads = {'a': jnp.ones(8).at[5].set(bad), 'b': jnp.ones(8)}
+  params = jax.tree.map(jnp.ones_like, grads)
+  on = mesh(i=4)
+  tx = msam_optax.msam(param_specs=P('i') if explicit else None)
+
+  def step(grads, params):
+    finite = lambda p: jax.tree.map(jnp.ones_like, p)
+    updates, state = tx.update(grads, tx.init(params), params, grad_fn=finite)
+    return updates, state.slope
+
+  if explicit:
+    step = shard_map(step, mesh=on, in_specs=(P('i'), P('i')), out_specs=(P('i'), P()))
+  placed = jax.device_put((grads, params), NamedSharding(on, P('i')))
+  updates, slope = jax.jit(step)(*placed)
+  assert np.isnan(updates['a']).all()
+  np.testing.assert_array_equal(updates['b'], 1.0)
+  assert slope == 0
+
+
+@every_door
+def test_gradients_that_are_summed_already_are_refused(door):
+  step = DOORS[door]('msam', axis_name='i')
+  with pytest.raises(ValueError, match=r"summed over 'i' already.*pcast\(params, 'i'"):
+    mapped(step, check_vma=True, cast=False)
+
+
+@every_door
+def test_a_missing_axis_name_is_seen_by_a_checked_shard_map(door):
+  with pytest.raises(ValueError, match='out_specs'):
+    mapped(DOORS[door]('msam'), check_vma=True)
+
+
+@every_door
+def test_a_missing_axis_name_leaves_devices_different_if_unchecked(door):
+  """The symptom that the README names; nothing can see it here."""
+  grads = mapped(DOORS[door]('msam'), check_vma=False, out_spec=P('i'))
+  first, second, *_ = np.split(np.asarray(grads['out']['bias']), PARTS)
+  assert np.abs(first - second).max() > 1e-3
+
+
+def test_an_axis_that_a_leaf_is_not_sharded_over_is_refused():
+  step = chain('msam', axis_name='i', param_specs=P('j'))
+  with pytest.raises(ValueError, match=r"\['bias'\] is sharded over 'j', but"):
+    shard_map(
+      lambda params, data: step(vary(params), data)[1],
+      mesh=mesh(i=2, j=2),
+      in_specs=(P(), P('i')),
+      out_specs=P(),
+    )(make_params(), make_data())
+
+
+@pytest.mark.parametrize(
+  ('specs', 'error', 'match'),
+  [
+    ('i', TypeError, "must hold PartitionSpecs, got 'i'"),
+    ({'hidden': P('i')}, ValueError, 'must have the structure of the parameters'),
+  ],
+)
+def test_specs_that_do_not_fit_are_refused(specs, error, match):
+  with pytest.raises(error, match=match):
+    chain('msam', param_specs=specs)(make_params(), make_data())
