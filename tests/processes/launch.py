@@ -67,7 +67,7 @@ def _launch_once(action, directory, logs, until):
             command,
             cwd=ROOT,
             env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
           )
@@ -86,4 +86,4 @@ def _launch_once(action, directory, logs, until):
     for process in processes:
       process.kill()
     for process in processes:
-      process.wait()
+      process.communicate()

@@ -9,9 +9,11 @@ be killed. With ``meet`` they only join each other, and with ``fail`` the last d
 from collections.abc import Callable
 import functools
 import itertools
+import os
 import pathlib
 import signal
 import sys
+import threading
 from typing import Any
 
 import jax
@@ -160,9 +162,16 @@ def run(rank: int, directory: pathlib.Path, action: str) -> None:
   write(directory / f'{action}.npz', carries, mesh)
 
 
+def end_with_parent() -> None:
+  """Waits for the end of the input, which comes when the parent has gone."""
+  sys.stdin.read()
+  os._exit(1)
+
+
 def main(rank: int, count: int, port: int, directory: str, action: str) -> None:
   if action == 'fail' and rank == count - 1:
     raise RuntimeError('This process was told to fail.')
+  threading.Thread(target=end_with_parent, daemon=True).start()
   jax.config.update('jax_num_cpu_devices', SHARDS // count)
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(
