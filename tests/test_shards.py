@@ -1,0 +1,248 @@
+"""Micro-batches on one device: m-sharpness, one shared probe, and what is refused."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import msam_optax
+from tests import by_hand
+from tests.test_parallel import assert_close
+from tests.test_parallel import drop_in
+from tests.test_parallel import every_method
+from tests.test_parallel import expected
+from tests.test_parallel import loss
+from tests.test_parallel import make_data
+from tests.test_parallel import make_params
+from tests.test_parallel import mapped
+
+both_syncs = pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
+both_ways = pytest.mark.parametrize('vectorize', [False, True], ids=['scan', 'vmap'])
+passes = pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
+
+
+@both_syncs
+@both_ways
+@passes
+@every_method
+def test_equals_as_many_devices(method, once, vectorize, sync):
+  take = drop_in(
+    method, shards=4, vectorize_shards=vectorize, sync_ascent=sync, compile_once=once
+  )
+  value, grads = jax.jit(take)(make_params(), make_data())
+  want_value, want = expected(method, parts=4, synced=sync)
+  np.testing.assert_allclose(value, want_value, rtol=1e-6)
+  assert_close(grads, want)
+
+
+@both_ways
+@every_method
+def test_one_shared_probe_equals_the_whole_batch(method, vectorize):
+  take = drop_in(method, shards=8, vectorize_shards=vectorize, sync_ascent=True)
+  assert_close(take(make_params(), make_data()), expected(method))
+
+
+@both_syncs
+@passes
+@pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
+def test_micro_batches_on_each_of_several_devices(check_vma, once, sync):
+  """Four devices with two micro-batches each are eight parts."""
+  step = drop_in('msam', axis_name='i', shards=2, sync_ascent=sync, compile_once=once)
+  got = mapped(step, check_vma)
+  assert_close(got, expected('msam', parts=8, synced=sync)[1])
+
+
+@both_ways
+def test_keyword_arguments_are_split_and_scalars_are_not(vectorize):
+  """Each micro-batch sees its own rows, one whole scalar, and the same key."""
+
+  def noisy(params, x, scale, *, y, key):
+    noise = jax.random.normal(key, (8, 3))
+    assert x.shape == (8, 3)
+    return loss(params, (scale * x + noise, y))
+
+  x, y = make_data()
+  key, scale = jax.random.key(0), jnp.float32(0.5)
+  take = msam_optax.value_and_grad(
+    noisy, msam_optax.monge(), 0.3, shards=4, vectorize_shards=vectorize
+  )
+  got = take(make_params(), x, scale, y=y, key=key)
+  noise = jnp.tile(jax.random.normal(key, (8, 3)), (4, 1))
+  want = by_hand.sharpness_aware_gradient(
+    'msam', loss, make_params(), (scale * x + noise, y), parts=4
+  )
+  assert_close(got, want)
+
+
+@both_ways
+@passes
+def test_aux_is_stacked_and_of_the_clean_pass(once, vectorize):
+  def with_aux(params, data):
+    return loss(params, data), {'first': data[0][0], 'w': params['out']['bias']}
+
+  params, data = make_params(), make_data()
+  take = msam_optax.value_and_grad(
+    with_aux, shards=4, has_aux=True, vectorize_shards=vectorize, compile_once=once
+  )
+  (_, aux), _ = take(params, data)
+  np.testing.assert_array_equal(aux['first'], data[0][::8])
+  np.testing.assert_array_equal(aux['w'], np.tile(params['out']['bias'], (4, 1)))
+
+
+@pytest.mark.parametrize('argnums', [1, -2, (1,), (1, 2)], ids=str)
+def test_parameters_may_be_any_arguments(argnums):
+  """Whatever holds parameters is not split."""
+  rng = np.random.default_rng(0)
+  x, a, b = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in (4, 3, 2))
+  f = lambda x, a, b: jnp.mean(jnp.cos(x)) * jnp.sum(jnp.sin(a)) + jnp.sum(b**2)
+  if argnums != (1, 2):
+    f = functools.partial(lambda g, x, a, b: g(x, a, jnp.array([b, b])), f)
+    b = jnp.float32(0.1)
+  take = msam_optax.value_and_grad(f, rho=0.1, argnums=argnums, shards=2)
+  _, grads = take(x, a, b)
+  parts = [
+    msam_optax.value_and_grad(f, rho=0.1, argnums=argnums)(x[i : i + 2], a, b)[1]
+    for i in (0, 2)
+  ]
+  want = jax.tree.map(lambda *gs: sum(gs) / 2, *parts)
+  chex.assert_trees_all_close(grads, want, rtol=1e-6)
+
+
+@passes
+@both_syncs
+def test_bfloat16_gradients_are_summed_in_float32(sync, once):
+  """A thousand equal gradients that a bfloat16 sum would stop counting."""
+  f = lambda w, x: jnp.mean(x) * w
+  take = msam_optax.value_and_grad(
+    f, shards=1024, sync_ascent=sync, compile_once=once and not sync
+  )
+  _, grad = take(jnp.ones([], jnp.bfloat16), jnp.ones(1024, jnp.bfloat16))
+  assert grad.dtype == jnp.bfloat16
+  assert grad == 1.0
+
+
+@both_syncs
+def test_perturbation_dtype_with_one_loop(sync):
+  """Without it ρ = 1e-3 would be lost in bfloat16; both passes are in float32."""
+  params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), make_params())
+  options = {'rho': 1e-3, 'perturbation_dtype': 'float32', 'shards': 2}
+
+  def in_float32(params, data):
+    return loss(jax.tree.map(lambda w: w.astype(jnp.float32), params), data)
+
+  got, want = (
+    msam_optax.value_and_grad(
+      in_float32, sync_ascent=sync, compile_once=once, **options
+    )(params, make_data())
+    for once in (True, False)
+  )
+  chex.assert_trees_all_equal_dtypes(got[1], params)
+  chex.assert_trees_all_close(got[1], want[1], rtol=1e-2, atol=1e-3)
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+
+
+@passes
+def test_a_gradient_that_is_not_finite_comes_out_so(once):
+  f = lambda w, x: jnp.sum(jnp.where(w > 0, jnp.mean(x) * w, 0.0))
+  x = jnp.array([1.0, 1.0, jnp.nan, 1.0])
+  take = msam_optax.value_and_grad(f, shards=2, compile_once=once)
+  _, grads = take(jnp.ones(3), x)
+  assert np.isnan(grads).all()
+
+
+@passes
+def test_masks_and_zero_gradients_with_one_loop(once):
+  """Masked leaves stay where they are, and a zero gradient is the plain one."""
+  params = make_params()
+  mask = {'hidden': True, 'out': False}
+  sees = {}
+
+  def watched(params, data):
+    jax.debug.callback(
+      lambda kernel, bias: sees.setdefault('at', []).append((kernel, bias)),
+      params['hidden']['kernel'],
+      params['out']['bias'],
+    )
+    return loss(params, data)
+
+  take = msam_optax.value_and_grad(watched, rho=0.3, mask=mask, compile_once=once)
+  jax.block_until_ready(take(params, make_data()))
+  jax.effects_barrier()
+  assert len(sees['at']) == 2
+  kernels, biases = zip(*sees['at'], strict=True)
+  np.testing.assert_array_equal(biases[0], biases[1])
+  assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
+  flat = msam_optax.value_and_grad(lambda w: 0.0 * jnp.sum(w), compile_once=once)
+  np.testing.assert_array_equal(flat(jnp.ones(3))[1], 0.0)
+
+
+def test_compile_once_holds_one_copy_of_the_gradient():
+  """Counted in the program: matrix products in one pass, in two copies, in a loop."""
+
+  def products(take):
+    text = jax.jit(take).lower(make_params(), make_data()).as_text()
+    return text.count('stablehlo.dot_general')
+
+  one = products(jax.value_and_grad(loss))
+  assert products(drop_in('msam', compile_once=True)) == one
+  assert products(drop_in('msam')) == 2 * one
+
+
+@pytest.mark.standard_promotion
+def test_training_with_a_schedule_inside_the_step():
+  """The drop-in with all options in a jitted loop comes down as it should."""
+  schedule, tx = optax.linear_schedule(0.2, 0.0, 50), optax.adam(3e-2)
+  params, data = make_params(), make_data()
+
+  def train_step(carry, step):
+    params, state = carry
+    take = drop_in_at(schedule(step))
+    value, grads = take(params, data)
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), value
+
+  drop_in_at = lambda rho: msam_optax.value_and_grad(
+    loss, rho=rho, shards=2, compile_once=True
+  )
+  _, values = jax.lax.scan(train_step, (params, tx.init(params)), jnp.arange(100))
+  assert values[-1] < 0.7 * values[0]
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'match'),
+  [
+    ((jnp.ones((6, 3)), jnp.ones((6, 4))), r'at \[1\]\[0\] has shape \(6, 3\)'),
+    ((jnp.ones((8, 3)), jnp.ones((4, 4))), r'at \[1\]\[1\] has shape \(4, 4\)'),
+  ],
+)
+def test_a_batch_that_cannot_be_cut_is_refused(arguments, match):
+  take = msam_optax.value_and_grad(loss, shards=4)
+  with pytest.raises(ValueError, match=match + r'.*equal shards\. `shards` splits'):
+    take(make_params(), arguments)
+
+
+def test_a_raw_random_key_is_refused():
+  take = msam_optax.value_and_grad(lambda p, data, key: loss(p, data), shards=4)
+  with pytest.raises(ValueError, match=r'at \[2\] has shape \(2,\).*raw random key'):
+    take(make_params(), make_data(), jax.random.PRNGKey(0))
+
+
+def test_no_data_is_refused():
+  take = msam_optax.value_and_grad(lambda w: jnp.sum(w), shards=2)
+  with pytest.raises(ValueError, match='No argument after the parameters is an array'):
+    take(jnp.ones(3))
+
+
+@pytest.mark.parametrize('shards', [0, -1, 2.0])
+def test_a_wrong_number_of_shards_is_refused(shards):
+  with pytest.raises(ValueError, match='`shards` must be a whole number >= 1'):
+    msam_optax.value_and_grad(loss, shards=shards)
+
+
+def test_synced_needs_parts():
+  with pytest.raises(ValueError, match='cut the batch with `shards`'):
+    msam_optax.value_and_grad(loss, sync_ascent=True)
