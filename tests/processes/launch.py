@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = 300  # seconds; what takes a few may take a hundred on a busy machine
 ATTEMPTS = 3
 
-# How JAX says that another program has taken the port since it was chosen.
-_PORT_IS_TAKEN = ('Failed to start RPC server', 'Failed to add port to server')
+# How JAX and gRPC say that another program has taken the port since it was chosen.
+_PORT_IS_TAKEN = ('Failed to start RPC server', 'No address added')
 
 
 def launch(
