@@ -1,0 +1,201 @@
+"""The training step lowers for accelerators that are not there.
+
+``jax.export`` lowers for any platform where there is only a CPU, so what a TPU or a
+GPU would refuse while a step is lowered (an operation, a dtype) shows here.
+"""
+
+import re
+
+import chex
+import jax
+from jax import export
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import msam_optax
+from tests.conformance.methods import make_method
+from tests.conformance.methods import METHODS
+from tests.conformance.training import cases
+from tests.conformance.training import DEFAULT_METHODS
+from tests.problems import batch
+from tests.problems import loss
+from tests.problems import mlp_params
+
+pytestmark = pytest.mark.standard_promotion
+
+# The metrics of the methods with the arguments in `METHODS`, for the drop-in.
+METRICS = {
+  'msam': msam_optax.monge(),
+  'sam': msam_optax.euclidean(),
+  'asam': msam_optax.adaptive(weights=True),
+  'fisher_sam': msam_optax.diagonal_fisher(),
+  'sharpness_aware': METHODS['sharpness_aware'].get('metric'),
+}
+DOORS = ('chain', 'drop_in')
+DTYPES = ('float32', 'bfloat16')
+ACCELERATORS = ('tpu', 'cuda', 'rocm')
+DEVICES = 8
+
+each_case = pytest.mark.parametrize(
+  ('method', 'door', 'dtype'),
+  cases(METHODS, DOORS, DTYPES, default=lambda method, *_: method in DEFAULT_METHODS),
+)
+
+
+def make_step(method, door):
+  """The optimizer, and a step of training as a user would write it."""
+  tx = optax.adam(optax.cosine_decay_schedule(0.01, 100))
+  if door == 'chain':
+    tx = optax.chain(make_method(method, optax.linear_schedule(0.1, 0.0, 100)), tx)
+
+  def step(params, state, data):
+    if door == 'chain':
+      take = lambda params: jax.value_and_grad(loss)(params, data)
+      value, grads = take(params)
+      updates, state = tx.update(
+        grads, state, params, value_and_grad_fn=take, value=value
+      )
+    else:
+      take = msam_optax.value_and_grad(loss, METRICS[method], 0.1)
+      value, grads = take(params, data)
+      updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+  return tx, step
+
+
+def flat_problem(method, door, dtype):
+  """A step from leaves to leaves, as a list can be serialised, and its arguments.
+
+  Every dimension is a multiple of the devices, so that all of it can be sharded.
+  """
+  tx, step = make_step(method, door)
+  grow = lambda w: np.resize(np.asarray(w, np.float32), [8] * w.ndim) / 2
+  params = jax.tree.map(lambda w: jnp.asarray(grow(w), dtype), mlp_params())
+  data = tuple(jnp.asarray(np.resize(a, (16, 8)), dtype) for a in batch(size=16))
+  leaves, structure = jax.tree.flatten((params, tx.init(params)))
+
+  def flat_step(leaves, data):
+    *carry, value = step(*jax.tree.unflatten(structure, leaves), data)
+    return jax.tree.leaves(carry), value
+
+  return flat_step, leaves, data
+
+
+def through_bytes(exported):
+  return export.deserialize(exported.serialize())
+
+
+def assert_exported(exported, platform, arguments, devices=1):
+  """What the module says of itself: platform, devices, avals, and nothing foreign."""
+  leaves, data = arguments
+  assert exported.platforms == (platform,)
+  assert exported.nr_devices == devices
+  describe = lambda x: (x.shape, x.dtype)
+  in_avals = [describe(x) for x in exported.in_avals]
+  out_avals = [describe(x) for x in exported.out_avals]
+  assert in_avals == [describe(x) for x in (*leaves, *data)]
+  assert out_avals == [*in_avals[: len(leaves)], ((), leaves[0].dtype)]
+  text = str(exported.mlir_module())
+  assert 'f64' not in text
+  # Sharding annotations are all that is called by name, no kernel of some library.
+  targets = set(re.findall(r'custom_call @([\w.]+)', text))
+  assert targets <= {'Sharding', 'SPMDFullToShardShape', 'SPMDShardToFullShape'}
+
+
+@each_case
+@pytest.mark.parametrize('platform', ACCELERATORS)
+def test_lowers_for(platform, method, door, dtype):
+  step, *arguments = flat_problem(method, door, dtype)
+  exported = export.export(jax.jit(step), platforms=[platform])(*arguments)
+  assert_exported(through_bytes(exported), platform, arguments)
+
+
+@pytest.mark.parametrize(
+  ('method', 'door', 'dtype'),
+  # Step by step every operation is compiled alone, and that takes seconds.
+  cases(
+    METHODS,
+    DOORS,
+    DTYPES,
+    default=lambda method, door, dtype: (
+      (method, door, dtype) == ('msam', 'chain', 'float32')
+    ),
+  ),
+)
+def test_exported_step_equals_eager_one(method, door, dtype):
+  step, *arguments = flat_problem(method, door, dtype)
+  exported = export.export(jax.jit(step), platforms=['cpu'])(*arguments)
+  tolerance = {'float32': 1e-5, 'bfloat16': 2e-2}[dtype]
+  chex.assert_trees_all_close(
+    through_bytes(exported).call(*arguments),
+    step(*arguments),
+    rtol=tolerance,
+    atol=tolerance,
+  )
+
+
+def place(mesh, x):
+  """What has dimensions is sharded along the last, as with fully sharded params."""
+  spec = P(*(None,) * (x.ndim - 1), 'i') if x.ndim else P()
+  return jax.device_put(x, NamedSharding(mesh, spec))
+
+
+def sharded_problem(method, door):
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('i',))
+  step, leaves, data = flat_problem(method, door, 'float32')
+  data = tuple(jax.device_put(a, NamedSharding(mesh, P('i'))) for a in data)
+  return step, [place(mesh, x) for x in leaves], data
+
+
+every_door = pytest.mark.parametrize(
+  ('method', 'door'),
+  cases(METHODS, DOORS, default=lambda method, _: method in DEFAULT_METHODS),
+)
+
+
+@every_door
+@pytest.mark.parametrize('platform', ACCELERATORS)
+def test_sharded_step_lowers_for(platform, method, door):
+  step, *arguments = sharded_problem(method, door)
+  exported = export.export(jax.jit(step), platforms=[platform])(*arguments)
+  assert_exported(through_bytes(exported), platform, arguments, DEVICES)
+
+
+@every_door
+def test_sharded_exported_step_equals_eager_one_on_one_device(method, door):
+  step, *arguments = sharded_problem(method, door)
+  exported = export.export(jax.jit(step), platforms=['cpu'])(*arguments)
+  chex.assert_trees_all_close(
+    jax.jit(through_bytes(exported).call)(*arguments),
+    step(*jax.device_get(arguments)),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize('platform', ACCELERATORS)
+def test_mapped_step_lowers_for(platform):
+  """With ``axis_name`` the devices' gradients are summed, in the module itself."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('i',))
+  tx = msam_optax.msam(axis_name='i')
+  grad_fn = lambda params, data: jax.grad(loss)(params, data)
+
+  def step(params, data):
+    take = lambda params: grad_fn(params, data)
+    return tx.update(take(params), tx.init(params), params, grad_fn=take)[0]
+
+  mapped = jax.shard_map(
+    step, mesh=mesh, in_specs=(P(), P('i')), out_specs=P(), check_vma=False
+  )
+  exported = export.export(jax.jit(mapped), platforms=[platform])(
+    mlp_params(), batch(size=16)
+  )
+  exported = through_bytes(exported)
+  assert exported.nr_devices == DEVICES
+  assert exported.platforms == (platform,)
+  assert 'stablehlo.all_reduce' in str(exported.mlir_module())
