@@ -19,14 +19,16 @@ from benchmarks import bad_minimum_store as store
 from benchmarks.bad_minimum_figure import draw
 from benchmarks.bad_minimum_findings import findings
 from benchmarks.bad_minimum_report import best_rhos
-from benchmarks.bad_minimum_report import markdown
-from benchmarks.bad_minimum_report import show
+from benchmarks.bad_minimum_report import NARROW
+from benchmarks.bad_minimum_report import report
 from benchmarks.bad_minimum_runs import experiment
 from benchmarks.bad_minimum_settings import FULL
 from benchmarks.bad_minimum_settings import QUICK
 from benchmarks.bad_minimum_settings import SMOKE
 from benchmarks.environment import describe
 from benchmarks.progress import progress_bar
+from benchmarks.report import markdown
+from benchmarks.report import show
 
 RESULTS = Path(__file__).parent / 'results'
 SETTINGS = {'quick': QUICK, 'full': FULL, 'smoke': SMOKE}
@@ -55,20 +57,20 @@ def main(argv: list[str] | None = None) -> None:
   with progress_bar() as progress:
     task = progress.add_task('', total=total, completed=-1)
 
-    def report(text):
+    def tell(text):
       progress.update(task, description=text, advance=1)
 
-    results = {**told, **experiment(settings, folder, report)}
+    results = {**told, **experiment(settings, folder, tell)}
   results['best'] = best_rhos(results['rows'])
   results['findings'] = findings(results)
   args.out.mkdir(parents=True, exist_ok=True)
   stem = args.out / ('bad_minimum_full' if args.full else 'bad_minimum')
   paths = {kind: stem.with_suffix(f'.{kind}') for kind in ('png', 'md', 'json')}
   paths['json'].write_text(json.dumps(results, indent=1) + '\n')
-  paths['md'].write_text(markdown(results))
+  paths['md'].write_text(markdown(report(results)))
   draw(results, paths['png'])
   console = Console()
-  show(results, console)
+  show(report(results, NARROW), console)
   for path in paths.values():
     console.print(f'Written: {path}', highlight=False)
 

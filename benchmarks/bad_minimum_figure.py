@@ -77,8 +77,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
   fig.text(
     0.5,
     0.412,
-    f'Fine-tuning over time at ρ = {rho:g}, where SAM and Monge SAM differ most among'
-    ' the radii up to their best ones',
+    f'Fine-tuning over time at ρ = {rho:g}, where SAM and Monge SAM differ most before'
+    ' either is beyond its best radius',
     ha='center',
     fontsize=11,
   )

@@ -38,9 +38,9 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 
 
 def most_different(results: Mapping[str, Any]) -> float:
-  """The rho up to the larger of the best ones where SAM and Monge SAM differ most."""
+  """The rho where SAM and Monge SAM differ most, none being beyond its best one."""
   rows = {(row['method'], row['rho']): row for row in results['rows']}
-  end = max(results['best'][SAM], results['best'][MONGE])
+  end = min(results['best'][SAM], results['best'][MONGE])
   rhos = [rho for rho in results['settings']['rhos'] if rho <= end]
   return max(rhos, key=lambda rho: abs(_paired(rows[SAM, rho], rows[MONGE, rho])[0]))
 

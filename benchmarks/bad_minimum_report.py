@@ -1,27 +1,25 @@
 """The table of `benchmarks.bad_minimum`."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import math
 import statistics
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.bad_minimum_findings import STAYED
+from benchmarks.report import Report
 
 Row = Mapping[str, Any]
 
 NUMBERS = (
   *('train', 'validation', 'test', 'lowest', 'factor', 'shrink', 'radius'),
-  *('median_slope', 'largest_slope', 'seconds'),
+  *('median_slope', 'largest_slope', 'seconds', 'cpu_seconds'),
 )
 HEAD = (
   *('method', 'rho', 'radius', 'train %', 'lowest', 'validation %', 'test %'),
   *('√(1+α²n²)', 'n median', 'n largest'),
 )
-SHOWN = ('method', 'rho', 'radius', 'train %', 'lowest', 'test %', '√(1+α²n²)')
+NARROW = ('method', 'rho', 'radius', 'train %', 'lowest', 'test %', '√(1+α²n²)')
 NOTE = (
   'Accuracies in per cent, mean ± standard error over the seeds. train: on the rightly'
   ' labelled images, which are fine-tuned on; lowest: the lowest such accuracy seen in'
@@ -59,52 +57,32 @@ def best_rhos(rows: list[dict[str, Any]]) -> dict[str, float | None]:
   return {method: row['rho'] for method, row in best.items()}
 
 
-def caption(results: Mapping[str, Any]) -> str:
-  """What was done, in a sentence."""
-  s = results['settings']
-  return (
+def report(results: Mapping[str, Any], columns: Sequence[str] = HEAD) -> Report:
+  """The table, what it shows, and what it was measured with."""
+  s, machine = results['settings'], results['environment']
+  caption = (
     f'ResNet-8 (width {s["width"]}) on Fashion-MNIST: {s["train"]} rightly labelled'
     f' images, fine-tuned for {s["epochs"]} epochs with SGD (learning rate'
     f' {s["learning_rate"]:g}, batch {s["batch"]}) from a start that also fits'
-    f' {s["wrong"]} wrong labels; {len(s["seeds"])} seeds, {results["setting"]} setting'
+    f' {s["wrong"]} wrong labels; {len(s["seeds"])} seeds,'
+    f' {results["setting"]} setting.'
   )
-
-
-def show(results: Mapping[str, Any], console: Console) -> None:
-  """Prints the table, but for some columns, and the findings."""
-  console.print(f'{caption(results)}.', highlight=False)
-  table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-  for column in SHOWN:
-    align = 'left' if column == 'method' else 'right'
-    table.add_column(column, justify=align, no_wrap=True)
-  rows = results['rows']
-  for row, following in zip(rows, [*rows[1:], None], strict=True):
-    last = following is None or following['method'] != row['method']
-    cells = dict(zip(HEAD, _cells(results, row), strict=True))
-    table.add_row(*(cells[column] for column in SHOWN), end_section=last)
-  console.print(table)
-  console.print(NOTE, highlight=False, markup=False)
-  for sentence in results['findings']:
-    console.print(f'• {sentence}', highlight=False, markup=False)
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-  """The table and the findings, and what it was measured with."""
-  lines = [HEAD, ['---'] + ['---:'] * (len(HEAD) - 1)]
-  lines += [_cells(results, row) for row in results['rows']]
-  table = [f'| {" | ".join(line)} |' for line in lines]
-  found = [f'* {sentence}' for sentence in results['findings']]
-  seconds = sum(sum(row['seconds']['runs']) for row in results['rows'])
-  machine = results['environment']
-  told = (
-    f'Fine-tuning took {seconds / 60:.0f} minutes, on {machine["cores"]} cores'
+  took = (
+    f'It took {_minutes(results, "cpu_seconds")} minutes of processor time and'
+    f' {_minutes(results, "seconds")} by the clock, on {machine["cores"]} cores'
     f' ({machine["device"]}, {machine["machine"]}; JAX {machine["jax"]}, Optax'
     f' {machine["optax"]}, Flax {machine["flax"]}), which may have had other work, too.'
   )
-  note = NOTE.replace('*', r'\*')
-  return '\n'.join(
-    [f'{caption(results)}.\n', *table, '', note, '', *found, '', told, '']
-  )
+  rows = [dict(zip(HEAD, _cells(results, row), strict=True)) for row in results['rows']]
+  lines = [[row[column] for column in columns] for row in rows]
+  return Report(caption, columns, lines, NOTE, [*results['findings'], took])
+
+
+def _minutes(results: Mapping[str, Any], clock: str) -> str:
+  """What making the starts and fine-tuning took, all runs together."""
+  starts = sum(look[clock] for look in [*results['starts'], *results['fresh']])
+  runs = sum(sum(row[clock]['runs']) for row in results['rows'])
+  return f'{(starts + runs) / 60:.0f}'
 
 
 def _cells(results: Mapping[str, Any], row: Row) -> list[str]:

@@ -44,7 +44,8 @@ def experiment(
 
   Returns:
     ``starts`` and ``fresh``, one a seed: the bad start, and the same net trained in
-    the same way without wrong labels; and ``rows``, one a cell with its runs.
+    the same way without wrong labels; and ``rows``, one a cell with its runs. All have
+    ``seconds`` by the clock and ``cpu_seconds`` of all threads, compiling included.
   """
   txs = methods.optimizers(settings.learning_rate, settings.alpha)
   parts = {
@@ -56,6 +57,7 @@ def experiment(
     name = f'{"start" if bad else "fresh"}-seed{seed}'
     report(name)
 
+    @_timed
     def compute():
       model, look = train_start(settings, seed, parts[seed], bad=bad)
       store.save_params(folder / f'{name}.npz', model)
@@ -68,13 +70,12 @@ def experiment(
     name = f'{cell.method}{at}-seed{seed}'.replace(', ', '-').replace(' ', '-')
     report(name)
 
+    @_timed
     def compute():
-      began = time.perf_counter()
       path = folder / f'start-seed{seed}.npz'
       model = store.load_params(path, new_model(settings, seed))
       tx = txs[cell.method]
-      result = fine_tune(settings, tx, cell.given, seed, parts[seed], model)
-      return {**result, 'seconds': time.perf_counter() - began}
+      return fine_tune(settings, tx, cell.given, seed, parts[seed], model)
 
     return store.run_once(folder / f'{name}.json', compute)
 
@@ -104,3 +105,15 @@ def matched(rows: list[dict[str, Any]]) -> Iterator[Cell]:
     if row['method'] == methods.MONGE:
       shrink = statistics.mean(row['shrink']['runs'])
       yield Cell(methods.MATCHED, row['rho'], row['rho'] * shrink)
+
+
+def _timed(compute: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+  """Adds to the result of ``compute`` how long it took."""
+
+  def timed():
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = compute()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {**result, 'seconds': wall, 'cpu_seconds': cpu}
+
+  return timed

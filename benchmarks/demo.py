@@ -22,14 +22,15 @@ from rich.console import Console
 from benchmarks.demo_data import split_digits
 from benchmarks.demo_figure import draw
 from benchmarks.demo_report import findings
-from benchmarks.demo_report import markdown
-from benchmarks.demo_report import show
+from benchmarks.demo_report import report
 from benchmarks.demo_training import optimizers
 from benchmarks.demo_training import Settings
 from benchmarks.demo_training import start
 from benchmarks.demo_training import train
 from benchmarks.environment import describe
 from benchmarks.progress import progress_bar
+from benchmarks.report import markdown
+from benchmarks.report import show
 
 RESULTS = Path(__file__).parent / 'results'
 RHOS = (0.05, 0.08, 0.125, 0.2, 0.32, 0.5, 0.8, 1.25, 2.0, 3.2)
@@ -126,10 +127,11 @@ def main(argv: list[str] | None = None) -> None:
   results['findings'] = findings(results)
   args.out.mkdir(parents=True, exist_ok=True)
   (args.out / 'demo.json').write_text(json.dumps(results, indent=2) + '\n')
-  (args.out / 'demo.md').write_text(markdown(results))
+  (args.out / 'demo.md').write_text(markdown(report(results)))
   draw(results, args.out / 'demo.png')
   console = Console()
-  show(results, console)
+  show(report(results), console)
+  console.print(f'Training took {results["seconds"]:.0f} s', highlight=False)
   for name in ('demo.png', 'demo.md', 'demo.json'):
     console.print(f'Written: {args.out / name}', highlight=False)
 

@@ -4,12 +4,9 @@ from collections.abc import Mapping
 import statistics
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from benchmarks.report import Report
 
 Row = Mapping[str, Any]
-
 
 HEAD = ('method', 'rho', 'radius', 'test %', 'validation', '√(1+α²n²)', 'rise', 'time')
 NOTE = (
@@ -22,33 +19,15 @@ NOTE = (
 )
 
 
-def show(results: Mapping[str, Any], console: Console) -> None:
-  """Prints the table and the findings."""
-  console.print(f'{_caption(results)}, in {results["seconds"]:.0f} s', highlight=False)
-  table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-  for column in HEAD:
-    align = 'left' if column == 'method' else 'right'
-    table.add_column(column, justify=align, no_wrap=True)
-  rows = results['rows']
-  for row, following in zip(rows, [*rows[1:], None], strict=True):
-    last = following is None or following['method'] != row['method']
-    table.add_row(*_cells(results, row), end_section=last)
-  console.print(table)
-  console.print(NOTE, highlight=False, markup=False)
-  for sentence in results['findings']:
-    console.print(f'• {sentence}', highlight=False, markup=False)
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-  """The table and the findings, for the README."""
-  lines = [HEAD, ['---'] + ['---:'] * (len(HEAD) - 1)]
-  lines += [_cells(results, row) for row in results['rows']]
-  table = [f'| {" | ".join(line)} |' for line in lines]
-  findings_list = [f'* {sentence}' for sentence in results['findings']]
-  note = NOTE.replace('*', r'\*')
-  return '\n'.join(
-    [f'{_caption(results)}.\n', *table, '', note, '', *findings_list, '']
+def report(results: Mapping[str, Any]) -> Report:
+  """The table and what it shows, for the terminal and the README."""
+  settings = results['settings']
+  caption = (
+    f'{settings["train"]} handwritten digits, {settings["wrong"]:.0%} of them'
+    f' mislabelled, {settings["epochs"]} epochs, {len(settings["seeds"])} seeds.'
   )
+  lines = [_cells(results, row) for row in results['rows']]
+  return Report(caption, HEAD, lines, NOTE, results['findings'])
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
@@ -106,14 +85,6 @@ def _control(rows: Mapping[tuple[str, float | None], Row], rhos) -> str:
     f' {statistics.median(matched):.1f}) from that of SAM at the same mean radius, from'
     f' which it is farthest, {max(matched):.1f} points, at rho'
     f' {rhos[matched.index(max(matched))]:g}.'
-  )
-
-
-def _caption(results: Mapping[str, Any]) -> str:
-  settings = results['settings']
-  return (
-    f'{settings["train"]} handwritten digits, {settings["wrong"]:.0%} of them'
-    f' mislabelled, {settings["epochs"]} epochs, {len(settings["seeds"])} seeds'
   )
 
 
