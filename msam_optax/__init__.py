@@ -19,7 +19,10 @@ from msam_optax.transformation import normalize_by
 from msam_optax.transformation import sharpness_aware
 from msam_optax.transformation import SharpnessAwareState
 
-__version__ = metadata.version('msam-optax')
+try:
+  __version__ = metadata.version('msam-optax')
+except metadata.PackageNotFoundError:  # Not installed: run from a clone.
+  __version__ = '0+unknown'
 
 __all__ = (
   'Ascent',

@@ -1,0 +1,187 @@
+"""What a training step costs on TPUs, by the TPU compiler, which needs no TPU.
+
+Run `python -m benchmarks.tpu_compile` (with `pip install '.[tpu-compile]'`, on Linux).
+The step of an eight-layer transformer is compiled for slices of 4, 16 and 256 v5e
+chips, data-parallel and fully sharded. Of every program the compiler says what memory
+it needs; its operations and the messages that chips send each other are read from its
+text. A last table has what else may be done to the step that is compiled worst.
+
+Every program is stored as soon as it is compiled: after a kill the same command goes
+on from there. All of them take about an hour on two cores.
+"""
+
+import argparse
+import functools
+from importlib import metadata
+import json
+import os
+from pathlib import Path
+import time
+from typing import Any
+from typing import NamedTuple
+
+# Several processes may load the compiler at once; no TPU is looked for.
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+
+import jax
+from jax.experimental import topologies
+import numpy as np
+from rich.console import Console
+
+from benchmarks import hlo
+from benchmarks.cost_steps import DROP_IN
+from benchmarks.environment import describe
+from benchmarks.progress import progress_bar
+from benchmarks.tpu_model import Sizes
+from benchmarks.tpu_report import markdown
+from benchmarks.tpu_report import show
+from benchmarks.tpu_steps import AXIS
+from benchmarks.tpu_steps import DATA_PARALLEL
+from benchmarks.tpu_steps import FULLY_SHARDED
+from benchmarks.tpu_steps import make_step
+from benchmarks.tpu_steps import METHODS
+from benchmarks.tpu_steps import ONLY_DATA_PARALLEL
+from benchmarks.tpu_steps import REMEDIES
+
+RESULTS = Path(__file__).parent / 'results'
+TOPOLOGIES = ('v5e:2x2', 'v5e:4x4', 'v5e:16x16')
+SMALL = 4096  # Bytes: messages below are scalars, whatever the model's size.
+NOT_DONATED = 'nothing donated'
+
+
+class Cell(NamedTuple):
+  """One program.
+
+  Attributes:
+    topology: a slice of TPUs, one of ``TOPOLOGIES``.
+    layout: how parameters lie on it.
+    method: a key of ``METHODS``.
+    remedy: a key of ``REMEDIES``, ``NOT_DONATED``, or nothing.
+  """
+
+  topology: str
+  layout: str
+  method: str
+  remedy: str = ''
+
+
+def cells(names: tuple[str, ...]) -> list[Cell]:
+  """All programs of some topologies, the most telling first."""
+  found = [
+    Cell(topology, layout, method)
+    for topology in names
+    for layout in (FULLY_SHARDED, DATA_PARALLEL)
+    for method in METHODS
+    if layout == DATA_PARALLEL or method not in ONLY_DATA_PARALLEL
+  ]
+  remedies = [
+    Cell('v5e:4x4', FULLY_SHARDED, DROP_IN, remedy)
+    for remedy in (*REMEDIES, NOT_DONATED)
+    if 'v5e:4x4' in names
+  ]
+  return sorted(found + remedies, key=lambda cell: cell.topology != 'v5e:4x4')
+
+
+def weigh(cell: Cell, sizes: Sizes) -> dict[str, Any]:
+  """Compiles a step and reads what it costs on each device.
+
+  Returns:
+    ``flops`` of matrix products; ``bytes`` accessed, by XLA's count, in which bodies of
+    loops are made to count as often as they run; the compiler's ``temporaries``,
+    ``arguments`` and ``code`` in bytes; ``compile_s``; and ``messages``: for each kind
+    of collective how often and with how many bytes, and how many ``scalar`` ones.
+  """
+  mesh = mesh_of(cell.topology)
+  options: dict[str, Any] = {}
+  if cell.remedy in REMEDIES:
+    options['objective'] = REMEDIES[cell.remedy](mesh, sizes)
+  options['donate'] = cell.remedy != NOT_DONATED
+  step = make_step(cell.method, cell.layout, mesh, sizes, **options)
+  lowered = step.run.lower(*step.args)
+  began, busy = time.perf_counter(), time.process_time()
+  compiled = lowered.compile()
+  seconds, busy = time.perf_counter() - began, time.process_time() - busy
+  program, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
+  in_loops = hlo.boundary_bytes(program) / hlo.boundary_bytes(program, loops=False)
+  return {
+    'flops': hlo.matrix_flops(program),
+    'bytes': compiled.cost_analysis()['bytes accessed'] * in_loops,
+    'temporaries': memory.temp_size_in_bytes,
+    'arguments': memory.argument_size_in_bytes,
+    'code': memory.generated_code_size_in_bytes,
+    'compile_s': seconds,
+    'compile_cpu_s': busy,
+    'messages': messages(hlo.collectives(program)),
+  }
+
+
+def messages(collectives: list[hlo.Collective]) -> dict[str, dict[str, int]]:
+  """Messages of each kind, and scalar ones: how many a step, and of how many bytes."""
+  found: dict[str, dict[str, int]] = {}
+  for message in collectives:
+    kind = 'scalar' if message.bytes < SMALL else message.kind
+    entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
+    entry['count'] += message.times
+    entry['bytes'] += message.bytes * message.times
+  return found
+
+
+@functools.cache
+def mesh_of(topology: str) -> jax.sharding.Mesh:
+  """A mesh of the devices of a topology that need not be present."""
+  described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
+  return jax.sharding.Mesh(np.array(described.devices), (AXIS,))
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Compiles what is missing, prints the tables, and writes them."""
+  parser = argparse.ArgumentParser(
+    prog='python -m benchmarks.tpu_compile',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--topologies', nargs='+', default=TOPOLOGIES, metavar='NAME')
+  parser.add_argument('--layers', type=int, default=Sizes().layers)
+  parser.add_argument('--only', nargs='*', help='methods; no remedies')
+  parser.add_argument('--out', type=Path, default=RESULTS, help='where results go')
+  args = parser.parse_args(argv)
+  sizes = Sizes(layers=args.layers)
+  wanted = [
+    cell
+    for cell in cells(tuple(args.topologies))
+    if not args.only or (cell.method in args.only and not cell.remedy)
+  ]
+  args.out.mkdir(parents=True, exist_ok=True)
+  results = run(wanted, sizes, args.out / 'tpu_compile.json')
+  (args.out / 'tpu_compile.md').write_text(markdown(results))
+  show(results, Console())
+
+
+def run(wanted: list[Cell], sizes: Sizes, path: Path) -> dict[str, Any]:
+  """Compiles the cells that the file lacks, and stores each in it."""
+  told = {
+    'environment': {**describe(), 'libtpu': metadata.version('libtpu')},
+    'sizes': sizes._asdict(),
+  }
+  results = {**told, 'programs': []}
+  if path.exists():
+    stored = json.loads(path.read_text())
+    if all(stored[key] == json.loads(json.dumps(told[key])) for key in told):
+      results = stored
+  done = {tuple(row[name] for name in Cell._fields) for row in results['programs']}
+  with progress_bar() as progress:
+    task = progress.add_task('', total=len(wanted))
+    for cell in wanted:
+      progress.update(task, description=f'{cell.topology} {cell.remedy or cell.method}')
+      if cell not in done:
+        results['programs'].append({**cell._asdict(), **weigh(cell, sizes)})
+        fresh = path.with_suffix('.new')
+        fresh.write_text(json.dumps(results, indent=1) + '\n')
+        fresh.replace(path)
+      progress.advance(task)
+  return results
+
+
+if __name__ == '__main__':
+  main()

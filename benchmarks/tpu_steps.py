@@ -1,0 +1,148 @@
+"""The training steps that are compiled for TPUs: methods, layouts, and remedies."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+
+from benchmarks import cost_steps
+from benchmarks.tpu_model import loss
+from benchmarks.tpu_model import shapes
+from benchmarks.tpu_model import Sizes
+import msam_optax
+
+AXIS = 'chips'
+DATA_PARALLEL = 'data-parallel'
+FULLY_SHARDED = 'fully sharded'
+ONCE = 'drop-in, compiled once'
+OWN = 'drop-in, own ascent (m-sharpness)'
+
+
+class Step(NamedTuple):
+  """A training step for a mesh, ready to be lowered.
+
+  Attributes:
+    run: the jitted function; parameters and optimizer state are donated.
+    args: its arguments, as shapes with shardings.
+  """
+
+  run: Any
+  args: tuple[Any, ...]
+
+
+def adam(objective, mesh):
+  """One gradient: the reference of every ratio."""
+  del mesh
+  return cost_steps.adam(objective)
+
+
+def own_ascent(objective, mesh):
+  """Each chip goes uphill on its own; only the gradient at the probe is averaged."""
+  take = msam_optax.value_and_grad(objective, rho=cost_steps.RHO, axis_name=AXIS)
+
+  def inner(params, batch):
+    params = jax.lax.pcast(params, AXIS, to='varying')
+    value, grads = take(params, batch)
+    return jax.lax.pmean(value, AXIS), grads
+
+  specs = {'in_specs': (P(), P(AXIS)), 'out_specs': P()}
+  take = jax.shard_map(inner, mesh=mesh, **specs)
+  return cost_steps.step(optax.adam(cost_steps.RATE), take)
+
+
+METHODS: dict[str, Callable[..., cost_steps.Step]] = {
+  'adam': adam,
+  cost_steps.OPAQUE: lambda f, mesh: cost_steps.contrib_sam_opaque(f),
+  cost_steps.CHAIN: lambda f, mesh: cost_steps.chain_msam(f),
+  cost_steps.DROP_IN: lambda f, mesh: cost_steps.drop_in(f),
+  ONCE: lambda f, mesh: cost_steps.drop_in_compile_once(f),
+  OWN: own_ascent,
+}
+# A probe of its own needs all parameters on each chip.
+ONLY_DATA_PARALLEL = (OWN,)
+
+
+def _constrained(mesh, sizes):
+  """The loss of parameters that are told to lie as they do, probe and all."""
+  placed = jax.tree.map(lambda w: _sharding(mesh, w), shapes(sizes))
+  return lambda p, t: loss(jax.lax.with_sharding_constraint(p, placed), t)
+
+
+def _activations(mesh, sizes):
+  """The loss of a model that says where its activations lie: batch over the chips."""
+  del sizes
+  lies = NamedSharding(mesh, P(AXIS))
+  return functools.partial(
+    loss, constrain=lambda x: jax.lax.with_sharding_constraint(x, lies)
+  )
+
+
+def _barrier(mesh, sizes):
+  """The loss of parameters that the compiler may not look behind."""
+  del mesh, sizes
+  return lambda p, t: loss(jax.lax.optimization_barrier(p), t)
+
+
+# What may be done to the drop-in, fully sharded, without or with changing the model.
+REMEDIES: dict[str, Callable[[Mesh, Sizes], Callable[..., jax.Array]]] = {
+  'parameters constrained': _constrained,
+  'optimization barrier': _barrier,
+  'activations constrained by the model': _activations,
+  'blocks recomputed (jax.checkpoint)': lambda mesh, sizes: functools.partial(
+    loss, remat=True
+  ),
+}
+
+
+def make_step(
+  method: str,
+  layout: str,
+  mesh: Mesh,
+  sizes: Sizes,
+  *,
+  objective: Callable[..., jax.Array] = loss,
+  donate: bool = True,
+) -> Step:
+  """A method's step with all arrays laid out on a mesh.
+
+  Args:
+    method: a key of ``METHODS``.
+    layout: ``DATA_PARALLEL`` or ``FULLY_SHARDED``; the batch lies over the chips.
+    mesh: of one axis, ``AXIS``; of described, not present, devices.
+    sizes: of model and batch.
+    objective: the loss, ``(params, tokens) -> scalar``.
+    donate: whether parameters and state may be overwritten.
+
+  Returns:
+    The step; ``step.run.lower(*step.args).compile()`` compiles it.
+  """
+  step = METHODS[method](objective, mesh)
+  params = shapes(sizes)
+  carry = (params, jax.eval_shape(step.tx.init, params))
+  spread = layout == FULLY_SHARDED
+  carry = jax.tree.map(lambda x: _place(x, _sharding(mesh, x, spread)), carry)
+  tokens = (mesh.size * sizes.batch, sizes.length + 1)
+  batch = _place(jax.ShapeDtypeStruct(tokens, jnp.int32), NamedSharding(mesh, P(AXIS)))
+  out = jax.tree.map(lambda x: x.sharding, carry), NamedSharding(mesh, P())
+  run = jax.jit(step.run, donate_argnums=(0,) if donate else (), out_shardings=out)
+  return Step(run, (carry, batch))
+
+
+def _sharding(mesh, x, spread=True):
+  """Over the longest axis, if it is spread and long enough."""
+  spec = [None] * x.ndim
+  if spread and x.size > mesh.size:
+    spec[int(np.argmax(x.shape))] = AXIS
+  return NamedSharding(mesh, P(*spec))
+
+
+def _place(x, sharding):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
