@@ -114,6 +114,14 @@ def experiment(
   return rows
 
 
+def compact(results: dict[str, Any]) -> str:
+  """JSON with a line for each row, and for each other entry."""
+  lines = [f'{json.dumps(name)}: {json.dumps(x)}' for name, x in results.items()]
+  rows = ',\n  '.join(map(json.dumps, results['rows']))
+  lines[list(results).index('rows')] = f'"rows": [\n  {rows}\n ]'
+  return '{\n ' + ',\n '.join(lines) + '\n}\n'
+
+
 def main(argv: list[str] | None = None) -> None:
   """Trains, prints tables and findings, and writes numbers and pictures."""
   parser = argparse.ArgumentParser(prog='python -m benchmarks.alignment')
@@ -132,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     results = json.loads(path.read_text())
   else:
     results = _train(settings, grid, partial)
-    path.write_text(json.dumps(results, indent=1) + '\n')
+    path.write_text(compact(results))
     partial.unlink()
   (args.out / 'alignment.md').write_text(markdown(results))
   alignment_figure.draw(results, args.out / 'alignment.png')

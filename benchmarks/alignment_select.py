@@ -19,6 +19,8 @@ def mean(values: Sequence[float]) -> float:
 def best(rows: Sequence[Row], split: str, method: str, by: str = 'knn') -> Row:
   """The row of a method with the best mean score on the validation concepts.
 
+  A cell that has diverged is chosen only if there is no other.
+
   Args:
     rows: of the results.
     split: only its rows are looked at.
@@ -32,7 +34,7 @@ def best(rows: Sequence[Row], split: str, method: str, by: str = 'knn') -> Row:
 
   def score(row):
     value = sign * mean(row['validation'][by])
-    return value if value == value else -float('inf')
+    return not has_diverged(row), value if value == value else -float('inf')
 
   return max(choose(rows, split, method), key=score)
 
@@ -44,7 +46,8 @@ def choose(rows: Sequence[Row], split: str, method: str) -> list[Row]:
 
 def has_diverged(row: Row) -> bool:
   """Whether a cell counts as diverged: most of its seeds have."""
-  return 2 * sum(row['diverged']) > len(row['diverged'])
+  diverged = row.get('diverged', ())
+  return 2 * sum(diverged) > len(diverged)
 
 
 def table_2_rho(rows: Sequence[Row], split: str, rhos: Sequence[float]) -> float:

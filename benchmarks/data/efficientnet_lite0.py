@@ -97,27 +97,30 @@ def depthwise(x: jax.Array, layer: Layer, stride: int = 1) -> jax.Array:
   return y
 
 
+def fold(tensors: Mapping[str, np.ndarray], conv: str, norm: str) -> Layer:
+  """The convolution with the scale and shift that its BatchNorm has in inference."""
+  scale = tensors[f'{norm}.weight'] / np.sqrt(tensors[f'{norm}.running_var'] + EPSILON)
+  bias = tensors[f'{norm}.bias'] - tensors[f'{norm}.running_mean'] * scale
+  kernel = tensors[f'{conv}.weight'] * scale[:, None, None, None]
+  return Layer(jnp.asarray(kernel), jnp.asarray(bias))
+
+
 def from_tensors(tensors: Mapping[str, np.ndarray]) -> Network:
   """The network of the tensors of a PyTorch file."""
-
-  def fold(conv: str, norm: str) -> Layer:
-    scale = tensors[f'{norm}.weight'] / np.sqrt(
-      tensors[f'{norm}.running_var'] + EPSILON
-    )
-    bias = tensors[f'{norm}.bias'] - tensors[f'{norm}.running_mean'] * scale
-    kernel = tensors[f'{conv}.weight'] * scale[:, None, None, None]
-    return Layer(jnp.asarray(kernel), jnp.asarray(bias))
-
-  def layers(at: str) -> list[Layer]:
-    parts = (('_expand_conv', '_bn0'), ('_depthwise_conv', '_bn1'))
-    parts += (('_project_conv', '_bn2'),)
-    present = [p for p in parts if f'{at}.{p[0]}.weight' in tensors]
-    return [fold(f'{at}.{conv}', f'{at}.{norm}') for conv, norm in present]
-
+  parts = (('_expand_conv', '_bn0'), ('_depthwise_conv', '_bn1'))
+  parts += (('_project_conv', '_bn2'),)
+  blocks = [
+    [
+      fold(tensors, f'_blocks.{i}.{conv}', f'_blocks.{i}.{norm}')
+      for conv, norm in parts
+      if f'_blocks.{i}.{conv}.weight' in tensors
+    ]
+    for i in range(BLOCKS)
+  ]
   return Network(
-    stem=fold('_conv_stem', '_bn0'),
-    blocks=[layers(f'_blocks.{i}') for i in range(BLOCKS)],
-    head=fold('_conv_head', '_bn1'),
+    stem=fold(tensors, '_conv_stem', '_bn0'),
+    blocks=blocks,
+    head=fold(tensors, '_conv_head', '_bn1'),
     classifier=Layer(
       jnp.asarray(tensors['_fc.weight']), jnp.asarray(tensors['_fc.bias'])
     ),
