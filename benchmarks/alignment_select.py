@@ -44,6 +44,17 @@ def choose(rows: Sequence[Row], split: str, method: str) -> list[Row]:
   return [row for row in rows if row['split'] == split and row['method'] == method]
 
 
+def choose_stable(rows: Sequence[Row], split: str, method: str) -> list[Row]:
+  """The same at the learning rates at which SGD does not diverge.
+
+  Where SGD fails as well a radius cannot help, and divergence says nothing of it. If
+  SGD diverges at all of them, as in a run of a few steps, all rows.
+  """
+  sgd, of_method = choose(rows, split, 'SGD'), choose(rows, split, method)
+  stable = {row['learning_rate'] for row in sgd if not has_diverged(row)}
+  return [row for row in of_method if row['learning_rate'] in stable] or of_method
+
+
 def has_diverged(row: Row) -> bool:
   """Whether a cell counts as diverged: most of its seeds have."""
   diverged = row.get('diverged', ())
@@ -53,11 +64,12 @@ def has_diverged(row: Row) -> bool:
 def table_2_rho(rows: Sequence[Row], split: str, rhos: Sequence[float]) -> float:
   """The radius at which methods are shown to diverge or not over learning rates.
 
-  As in the paper it is one at which SAM diverges at more than half of them: the
-  smallest such of the grid, or else the largest of the grid.
+  As in the paper it is one at which SAM diverges at more than half of them, of those
+  at which SGD does not: the smallest such of the grid, or else the largest of the grid.
   """
+  sam = choose_stable(rows, split, 'SAM')
   for rho in rhos:
-    failed = [has_diverged(r) for r in choose(rows, split, 'SAM') if r['rho'] == rho]
+    failed = [has_diverged(row) for row in sam if row['rho'] == rho]
     if 2 * sum(failed) > len(failed):
       return rho
   return max(rhos)

@@ -265,7 +265,11 @@ def test_findings_follow_the_numbers():
     row('SAM', 0.1, 0.2, 0.2, failed),
     row('Monge SAM', 0.1, 0.1, 0.2),
     row('Monge SAM', 0.1, 0.2, 0.2),
+    row('SGD', 0.1, None, 0.2),
   ]
+  # Where SGD diverges as well nothing is counted.
+  rows += [row('SGD', 3.0, None, 0.2, failed)]
+  rows += [row('SAM', 3.0, 0.1, 0.2, failed), row('Monge SAM', 3.0, 0.1, 0.2, failed)]
   assert alignment_select.table_2_rho(rows, 'half', (0.1, 0.2)) == 0.2
   settings = {'rhos': (0.1, 0.2)}
   agrees, text = alignment_findings._survives(rows, 'half', settings)
