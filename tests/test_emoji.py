@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 import itertools
+import json
 import math
 import os
 import pickle
@@ -19,6 +20,7 @@ import pytest
 from benchmarks import alignment_data
 from benchmarks.data import build_emoji
 from benchmarks.data import efficientnet_lite0
+from benchmarks.data import emoji_pictures
 from benchmarks.data import minilm
 from benchmarks.data import torch_file
 
@@ -96,6 +98,26 @@ def test_like_names_are_near(file):
     ('flag: Sweden', 'flag: Denmark', 'pretzel'),
   ):
     assert cosine(a, b) > cosine(a, other) + 0.2
+
+
+def test_concepts_are_in_order_and_without_skin_tones(tmp_path):
+  def entry(name, group, order, skintone=''):
+    row = {'emoji': name[0], 'hexcode': f'{ord(name[0]):X}', 'annotation': name}
+    return {**row, 'group': group, 'order': order, 'skintone': skintone}
+
+  rows = [
+    entry('Peru', 'flags', 9),
+    entry('smile', 'smileys-emotion', 1),
+    entry('dark smile', 'smileys-emotion', 2, 'dark'),
+    entry('dark', 'component', 3),
+    entry('logo', 'extras-openmoji', ''),
+  ]
+  (tmp_path / 'data').mkdir()
+  (tmp_path / 'data' / 'openmoji.json').write_text(json.dumps(rows))
+  assert emoji_pictures.concepts(tmp_path) == [
+    ('s', '73', 'smile', 0),
+    ('P', '50', 'Peru', 8),
+  ]
 
 
 def write_legacy(path, tensors, monkeypatch):
