@@ -57,7 +57,7 @@ def draw(
   """Draws them in both styles.
 
   A concept is left out if Noto lacks it, or if one of its pictures is exactly that of
-  an earlier one, as with the flags of France and of its dependencies.
+  an earlier one, as with the flags of Indonesia and Monaco.
 
   Args:
     drawn: what to draw.
@@ -76,7 +76,7 @@ def draw(
   for concept in drawn:
     one = draw_noto(concept.characters, font)
     other = draw_openmoji(openmoji / 'color' / 'svg' / f'{concept.hexcode}.svg')
-    if one and not seen & {one.tobytes(), other.tobytes()}:
+    if one is not None and not seen & {one.tobytes(), other.tobytes()}:
       kept.append(concept)
       pictures.append([np.asarray(one), np.asarray(other)])
       seen |= {one.tobytes(), other.tobytes()}
