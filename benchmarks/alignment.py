@@ -36,8 +36,8 @@ from benchmarks.environment import describe
 from benchmarks.progress import progress_bar
 
 RESULTS = Path(__file__).parent / 'results'
-# A factor of √2, and of ∜2 where methods are at their best and begin to diverge. No
-# method is best aligned at an end of its grid; at the largest rate all but Adam diverge.
+# A factor of √2, and of ∜2 where methods are at their best and begin to diverge.
+# No method is best aligned at an end of its grid; at the largest rate SGD diverges.
 RHOS = (0.1, 0.2, 0.28, 0.4, 0.56, 0.8, 0.95, 1.1)
 RHOS += (1.35, 1.6, 1.9, 2.2, 2.7, 3.2, 4.5)
 SGD_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
