@@ -1,15 +1,21 @@
 """Frozen features of emoji pictures and of their names, split by concept."""
 
+from collections.abc import Sequence
 from pathlib import Path
+import re
 from typing import NamedTuple
 
 import numpy as np
 
-FEATURES = Path(__file__).parent / 'data' / 'emoji_feats_256_128_i8.npz'
+FEATURES = Path(__file__).parent / 'data' / 'emoji_features.npz'
 STYLES = ('Noto', 'OpenMoji')
 VALIDATION = 200
 TRAIN = 1300
 SPLITS = ('half', 'style')
+# Those of one kind differ by who, how many or which; what follows the colon says it.
+KINDS = ('family', 'kiss', 'couple with heart', 'keycap')
+CLOCK = re.compile('o’clock|-thirty')
+WHO = re.compile(r'\b(woman and man|person|people|man|men|woman|women)\b')
 
 
 class Emoji(NamedTuple):
@@ -49,51 +55,77 @@ class Split(NamedTuple):
 
 
 def load() -> Emoji:
-  """Reads the features, scaled by one global standard deviation each.
-
-  The file numbers concepts by their place in Unicode's list, of which it lacks a few,
-  and has one row of text a concept that it does have: the row is the rank of the
-  number, not the number.
-  """
+  """Reads the features, scaled by one global standard deviation each."""
   with np.load(FEATURES) as file:
-    images = file['img'] * file['img_scale']
-    text = file['txt'] * file['txt_scale']
-    present, concept = np.unique(file['concept'], return_inverse=True)
-    style, group, names = file['style'], file['group'], file['text']
-  assert len(present) == len(text)
-  row = np.full((len(STYLES), len(text)), -1)
-  for i in range(len(STYLES)):
-    row[i, concept[style == i]] = np.flatnonzero(style == i)
-  both = (row >= 0).all(axis=0)
-  images, text = images / images.std(), text / text.std()
-  return Emoji(
-    text=text[both].astype(np.float32),
-    images=images[row[:, both]].astype(np.float32),
-    names=names[both],
-    group=group[row[0, both]].astype(int),
-  )
+    images = file['images'] * file['image_scale']
+    text = file['text'] * file['text_scale']
+    names, group = file['names'], file['group']
+  return Emoji(text / text.std(), images / images.std(), names, group)
 
 
-def split(kind: str, concepts: int, seed: int) -> Split:
-  """Divides the concepts at random.
+def base(name: str) -> str:
+  """What near duplicates have in common; other names stay as they are.
+
+  Men, women and persons who do the same, to the left or to the right, are one, and so
+  are all families, kisses, couples with a heart, keycaps and clocks.
+  """
+  kind = name.split(':')[0]
+  if kind in KINDS:
+    return kind
+  if CLOCK.search(name):
+    return 'clock'
+  return ' '.join(WHO.sub('', name.removesuffix(': facing right')).split())
+
+
+def divide(
+  kin: Sequence[str], sizes: Sequence[int], rng: np.random.Generator
+) -> list[np.ndarray]:
+  """Parts of the given sizes, at random, in none of which one has kin in another.
+
+  The largest families go first, each to a part in proportion to the room that is left
+  in it; those without kin fill what remains.
+
+  Args:
+    kin: rows with the same entry stay together.
+    sizes: of the parts; their sum is the number of rows.
+    rng: the source of chance.
+
+  Returns:
+    The rows of each part, in random order.
+  """
+  _, family = np.unique(kin, return_inverse=True)
+  order = rng.permutation(family.max() + 1)
+  room, part = np.array(sizes), np.empty(len(family), int)
+  for label in sorted(order, key=lambda label: -np.sum(family == label)):
+    members = np.flatnonzero(family == label)
+    fits = np.where(room >= len(members), room, 0)
+    part[members] = chosen = rng.choice(len(sizes), p=fits / fits.sum())
+    room[chosen] -= len(members)
+  return [rng.permutation(np.flatnonzero(part == i)) for i in range(len(sizes))]
+
+
+def split(kind: str, names: Sequence[str], seed: int) -> Split:
+  """Divides the concepts at random, near duplicates (:func:`base`) always together.
 
   Args:
     kind: ``half``: pretrain on one half of the training concepts, tune on the other,
       in both styles. ``style``: pretrain on the Noto drawings of all of them, tune on
       the OpenMoji drawings, a shift of domain.
-    concepts: how many there are.
+    names: of the concepts.
     seed: of the division; validation and test are the same for both kinds.
 
   Returns:
     The :class:`Split`.
   """
-  order = np.random.default_rng(seed).permutation(concepts)
-  train, validation, test = np.split(order, [TRAIN, TRAIN + VALIDATION])
+  rng = np.random.default_rng(seed)
+  half, rest = TRAIN // 2, len(names) - TRAIN - VALIDATION
+  sizes = (half, half, VALIDATION, rest)
+  pretrain, tune, *held_out = divide([base(name) for name in names], sizes, rng)
   if kind == 'half':
-    pretrain, tune = np.split(train, 2)
-    return Split(pretrain, tune, validation, test, (0, 1), (0, 1))
+    return Split(pretrain, tune, *held_out, (0, 1), (0, 1))
   if kind == 'style':
-    return Split(train, train, validation, test, (0,), (1,))
+    train = np.concatenate([pretrain, tune])
+    return Split(train, train, *held_out, (0,), (1,))
   raise ValueError(f'`kind` must be one of {SPLITS}, got {kind!r}.')
 
 

@@ -75,7 +75,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     for ax, text in zip(
       column,
       (
-        'at each ρ the learning rate with the best alignment of validation concepts',
+        'at each ρ the learning rate that is best on validation concepts',
         f'learning rate {rate:g}, the one chosen for Monge SAM',
         'filled: share of the seeds that diverged, SAM above Monge SAM',
       ),

@@ -35,10 +35,9 @@ class Problem:
 
   def __init__(self, kind: str, settings: Settings, seeds: tuple[int, ...]):
     emoji = alignment_data.load()
-    count = len(emoji.names)
     self.groups, self.batch = emoji.group, settings.batch
     self.data = Data(jnp.asarray(emoji.text), jnp.asarray(emoji.images))
-    self.splits = [alignment_data.split(kind, count, seed) for seed in seeds]
+    self.splits = [alignment_data.split(kind, emoji.names, seed) for seed in seeds]
     self.styles = self.splits[0].tune_styles
     self.tune_batches = self._batches('tune', settings, settings.steps, seeds)
     keys = jax.vmap(jax.random.key)(jnp.array(seeds))

@@ -15,6 +15,7 @@ from benchmarks.alignment_problem import MATCHED
 from benchmarks.alignment_problem import PRETRAINED
 from benchmarks.alignment_select import best
 from benchmarks.alignment_select import choose
+from benchmarks.alignment_select import choose_stable
 from benchmarks.alignment_select import CRITERIA
 from benchmarks.alignment_select import has_diverged
 from benchmarks.alignment_select import mean
@@ -36,7 +37,8 @@ NOTE = (
   ' in one batch, the training loss is the mean of the last 20 batches. n is the'
   ' gradient norm, α = 1. "SAM, matched" is SAM with the mean radius that Monge SAM'
   ' has had at this learning rate and ρ. A run has diverged if its training loss ends'
-  ' above .85 ln 128 = 4.12 or is not finite, a cell (†) if most of its seeds have.'
+  ' above .85 ln 128 = 4.12 or is not finite, a cell (†) if most of its seeds have, and'
+  ' then it is not chosen.'
 )
 
 
@@ -125,7 +127,7 @@ def _table_2(rows: Sequence[Row], split: str, settings: Mapping[str, Any]) -> Ta
     lines.append([method, *(_loss(at[rate]) for rate in rates)])
   caption = (
     f'Table 2, {split}: final training loss at ρ = {rho:g}, the smallest at which SAM'
-    ' diverges at most learning rates'
+    ' diverges at most of the learning rates at which SGD does not'
   )
   return Table(caption, ['method', *(f'lr {rate:g}' for rate in rates)], lines)
 
@@ -135,14 +137,16 @@ def _table_3(rows: Sequence[Row], split: str, settings: Mapping[str, Any]) -> Ta
   lines, counts = [], []
   for method in ('SAM', 'Monge SAM', MATCHED):
     of_method = choose(rows, split, method)
-    failed = sum(map(has_diverged, of_method))
-    counts.append(f'{method} {failed} of {len(of_method)}')
+    stable = choose_stable(rows, split, method)
+    failed = sum(map(has_diverged, stable))
+    counts.append(f'{method} {failed} of {len(stable)}')
     for rate in settings['sgd_rates']:
       at = {row['rho']: row for row in of_method if row['learning_rate'] == rate}
       cells = [_loss(at[rho]) for rho in settings['rhos']]
       lines.append([method, f'{rate:g}', *cells])
   caption = (
-    f'Table 3, {split}: final training loss; † diverged, in cells: {", ".join(counts)}'
+    f'Table 3, {split}: final training loss; † diverged, in cells at learning rates at'
+    f' which SGD does not diverge: {", ".join(counts)}'
   )
   return Table(caption, ['method', 'lr', *(f'{r:g}' for r in settings['rhos'])], lines)
 

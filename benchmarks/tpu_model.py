@@ -1,13 +1,15 @@
-"""The transformer that is compiled for TPUs, as plain functions of a dict of arrays."""
+"""The transformer that is compiled for TPUs: one of Flax NNX, of shapes only."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 from typing import NamedTuple
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
+
+from benchmarks.cost_models import Transformer
 
 
 class Sizes(NamedTuple):
@@ -15,10 +17,10 @@ class Sizes(NamedTuple):
 
   Attributes:
     layers: number of blocks, written out one after the other.
-    width: of the residual stream; heads are 64 wide.
-    vocabulary: number of tokens; the embedding is also the output layer.
+    width: of the residual stream.
+    vocabulary: number of tokens.
     length: tokens a sequence.
-    batch: sequences a device.
+    batch: sequences a chip.
   """
 
   layers: int = 8
@@ -28,66 +30,60 @@ class Sizes(NamedTuple):
   batch: int = 2
 
 
-def shapes(sizes: Sizes) -> dict[str, Any]:
-  """The float32 parameters, as shapes: nothing is allocated."""
-  d = sizes.width
-  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  block = {
-    'norm_1': array(d),
-    'qkv': array(d, 3 * d),
-    'out': array(d, d),
-    'norm_2': array(d),
-    'up': array(d, 4 * d),
-    'down': array(4 * d, d),
-  }
-  return {
-    'embed': array(sizes.vocabulary, d),
-    'blocks': [dict(block) for _ in range(sizes.layers)],
-    'norm': array(d),
-  }
+class Abstract(NamedTuple):
+  """A model without numbers.
+
+  Attributes:
+    graph: what ``nnx.merge`` makes it from.
+    params: its parameters, as float32 shapes.
+    rest: its other variables.
+  """
+
+  graph: Any
+  params: Any
+  rest: Any
 
 
-def loss(
-  params: dict[str, Any],
-  tokens: jax.Array,
+def abstract(sizes: Sizes) -> Abstract:
+  """The model in shapes: nothing is allocated."""
+  make = lambda: Transformer(
+    sizes.vocabulary, sizes.length, sizes.width, sizes.layers, rngs=nnx.Rngs(0)
+  )
+  return Abstract(*nnx.split(nnx.eval_shape(make), nnx.Param, ...))
+
+
+def make_loss(
+  model: Abstract,
   *,
   constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
   remat: bool = False,
-) -> jax.Array:
-  """Mean cross entropy of the next token; arithmetic in bfloat16.
+) -> Callable[[Any, jax.Array], jax.Array]:
+  """The mean cross entropy of the next token.
 
   Args:
-    params: like :func:`shapes`.
-    tokens: int32 ``[batch, length + 1]``.
+    model: of :func:`abstract`.
     constrain: applied to the residual stream ``[batch, length, width]`` after the
       embedding and after every block.
     remat: whether blocks are recomputed in the backward pass.
 
   Returns:
-    A scalar.
+    ``(params, tokens) -> scalar``; tokens are int32 ``[batch, length + 1]``.
   """
-  one_block = jax.checkpoint(_block) if remat else _block
-  embed = params['embed'].astype(jnp.bfloat16)
-  x = constrain(embed[tokens[:, :-1]])
-  for block in params['blocks']:
-    x = constrain(one_block(block, x))
-  logits = (_norm(x, params['norm']) @ embed.T).astype(jnp.float32)
-  entropy = optax.losses.softmax_cross_entropy_with_integer_labels
-  return entropy(logits, tokens[:, 1:]).mean()
+
+  def loss(params, tokens):
+    net = nnx.merge(model.graph, params, model.rest)
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    x = net.embed(inputs) + net.position(jnp.arange(inputs.shape[1]))[None]
+    x = constrain(x)
+    apply = nnx.remat(_apply) if remat else _apply
+    for block in net.blocks.layers:
+      x = constrain(apply(block, x))
+    logits = net.head(net.norm(x))
+    entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    return entropy(logits, labels).mean()
+
+  return loss
 
 
-def _block(p, x):
-  p = jax.tree.map(lambda w: w.astype(x.dtype), p)
-  heads = lambda z: z.reshape(*z.shape[:2], -1, 64)
-  q, k, v = map(heads, jnp.split(_norm(x, p['norm_1']) @ p['qkv'], 3, axis=-1))
-  scores = jnp.einsum('bthd,bshd->bhts', q, k).astype(jnp.float32) / 8
-  causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-  weights = jax.nn.softmax(jnp.where(causal, scores, -1e9)).astype(x.dtype)
-  x += jnp.einsum('bhts,bshd->bthd', weights, v).reshape(x.shape) @ p['out']
-  return x + jax.nn.gelu(_norm(x, p['norm_2']) @ p['up']) @ p['down']
-
-
-@functools.partial(jax.jit, inline=True)
-def _norm(x, scale):
-  square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(square + 1e-6).astype(x.dtype) * scale.astype(x.dtype)
+def _apply(block, x):
+  return block(x)

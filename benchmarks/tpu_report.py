@@ -38,8 +38,9 @@ def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
     title = f'{topology}, {layout}'
     yield title, [list(COST), *(_cost(p, adam) for p in plain)]
     yield f'{title}: messages', [list(SENT), *(_sent(p) for p in plain)]
-    if remedies := [p for p in here if p['remedy']]:
-      rows = [p for p in plain if p['method'] == DROP_IN] + remedies
+    if any(p['remedy'] for p in here):
+      rows = [p for p in here if p['method'] in ('adam', DROP_IN)]
+      rows.sort(key=lambda p: (p['remedy'], p['method']))
       yield f'{title}: remedies', [list(COST), *(_cost(p, adam) for p in rows)]
 
 
@@ -72,7 +73,7 @@ def _cost(program: Mapping[str, Any], adam: Mapping[str, Any]) -> list[str]:
   ratio = lambda key: f'(×{program[key] / adam[key]:.2f})'
   scaled = lambda key, unit, digits: f'{program[key] / unit:,.{digits}f} {ratio(key)}'
   return [
-    program['remedy'] or program['method'],
+    ' + '.join(filter(None, (program['method'], program['remedy']))),
     scaled('flops', 1e12, 3),
     scaled('bytes', 1e9, 1),
     scaled('temporaries', 1e6, 0),
@@ -97,7 +98,7 @@ def _caption(results: Mapping[str, Any]) -> str:
   return (
     f'A decoder-only transformer of {sizes["layers"]} layers, width {sizes["width"]:,},'
     f' {sizes["vocabulary"]:,} tokens; {sizes["batch"]} sequences of'
-    f' {sizes["length"]:,} a chip; float32 parameters, bfloat16 arithmetic; nothing in'
-    f' the model says how to shard it. JAX {versions["jax"]}, libtpu'
+    f' {sizes["length"]:,} a chip; float32, a Flax NNX model as it comes: nothing in it'
+    f' says how to shard it. JAX {versions["jax"]}, libtpu'
     f' {versions["libtpu"]}.'
   )

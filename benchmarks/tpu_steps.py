@@ -1,7 +1,6 @@
 """The training steps that are compiled for TPUs: methods, layouts, and remedies."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -14,8 +13,9 @@ import numpy as np
 import optax
 
 from benchmarks import cost_steps
-from benchmarks.tpu_model import loss
-from benchmarks.tpu_model import shapes
+from benchmarks.tpu_model import Abstract
+from benchmarks.tpu_model import abstract
+from benchmarks.tpu_model import make_loss
 from benchmarks.tpu_model import Sizes
 import msam_optax
 
@@ -70,36 +70,47 @@ METHODS: dict[str, Callable[..., cost_steps.Step]] = {
 ONLY_DATA_PARALLEL = (OWN,)
 
 
-def _constrained(mesh, sizes):
-  """The loss of parameters that are told to lie as they do, probe and all."""
-  placed = jax.tree.map(lambda w: _sharding(mesh, w), shapes(sizes))
-  return lambda p, t: loss(jax.lax.with_sharding_constraint(p, placed), t)
-
-
-def _activations(mesh, sizes):
-  """The loss of a model that says where its activations lie: batch over the chips."""
-  del sizes
-  lies = NamedSharding(mesh, P(AXIS))
-  return functools.partial(
-    loss, constrain=lambda x: jax.lax.with_sharding_constraint(x, lies)
+def _constrained(model, mesh):
+  """Parameters that are told to lie as they do, those of the probe, too."""
+  loss = make_loss(model)
+  lies = jax.tree.map(lambda w: _sharding(mesh, w), model.params)
+  return lambda params, tokens: loss(
+    jax.lax.with_sharding_constraint(params, lies), tokens
   )
 
 
-def _barrier(mesh, sizes):
-  """The loss of parameters that the compiler may not look behind."""
-  del mesh, sizes
-  return lambda p, t: loss(jax.lax.optimization_barrier(p), t)
+def _barrier(model, mesh):
+  """Parameters that the compiler may not look behind."""
+  del mesh
+  loss = make_loss(model)
+  return lambda params, tokens: loss(jax.lax.optimization_barrier(params), tokens)
 
 
-# What may be done to the drop-in, fully sharded, without or with changing the model.
-REMEDIES: dict[str, Callable[[Mesh, Sizes], Callable[..., jax.Array]]] = {
+def _activations(model, mesh):
+  """A model that says where its activations lie: the batch over the chips."""
+  lies = NamedSharding(mesh, P(AXIS))
+  constrain = lambda x: jax.lax.with_sharding_constraint(x, lies)
+  return make_loss(model, constrain=constrain)
+
+
+def _recomputed(model, mesh):
+  """Blocks that are recomputed in the backward pass."""
+  del mesh
+  return make_loss(model, remat=True)
+
+
+# What else may be done, to the parameters or to the model.
+REMEDIES: dict[str, Callable[[Abstract, Mesh], Callable[..., jax.Array]]] = {
   'parameters constrained': _constrained,
   'optimization barrier': _barrier,
   'activations constrained by the model': _activations,
-  'blocks recomputed (jax.checkpoint)': lambda mesh, sizes: functools.partial(
-    loss, remat=True
-  ),
+  'blocks recomputed (jax.checkpoint)': _recomputed,
 }
+# With these a plain step is another one, too.
+CHANGE_THE_MODEL = (
+  'activations constrained by the model',
+  'blocks recomputed (jax.checkpoint)',
+)
 
 
 def make_step(
@@ -108,7 +119,7 @@ def make_step(
   mesh: Mesh,
   sizes: Sizes,
   *,
-  objective: Callable[..., jax.Array] = loss,
+  remedy: str = '',
   donate: bool = True,
 ) -> Step:
   """A method's step with all arrays laid out on a mesh.
@@ -118,15 +129,16 @@ def make_step(
     layout: ``DATA_PARALLEL`` or ``FULLY_SHARDED``; the batch lies over the chips.
     mesh: of one axis, ``AXIS``; of described, not present, devices.
     sizes: of model and batch.
-    objective: the loss, ``(params, tokens) -> scalar``.
+    remedy: a key of ``REMEDIES``, or nothing.
     donate: whether parameters and state may be overwritten.
 
   Returns:
     The step; ``step.run.lower(*step.args).compile()`` compiles it.
   """
-  step = METHODS[method](objective, mesh)
-  params = shapes(sizes)
-  carry = (params, jax.eval_shape(step.tx.init, params))
+  model = abstract(sizes)
+  loss = REMEDIES[remedy](model, mesh) if remedy else make_loss(model)
+  step = METHODS[method](loss, mesh)
+  carry = (model.params, jax.eval_shape(step.tx.init, model.params))
   spread = layout == FULLY_SHARDED
   carry = jax.tree.map(lambda x: _place(x, _sharding(mesh, x, spread)), carry)
   tokens = (mesh.size * sizes.batch, sizes.length + 1)
