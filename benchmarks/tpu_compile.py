@@ -1,13 +1,13 @@
 """What a training step costs on TPUs, by the TPU compiler, which needs no TPU.
 
 Run `python -m benchmarks.tpu_compile` (with `pip install '.[tpu-compile]'`, on Linux).
-The step of an eight-layer Flax transformer is compiled for slices of 4, 16 and 256 v5e
+The step of a four-layer Flax transformer is compiled for slices of 4, 16 and 256 v5e
 chips, data-parallel and fully sharded. Of every program the compiler says what memory
 it needs; its operations and the messages that chips send each other are read from its
 text. A last table has what else may be done to the step that is compiled worst.
 
 Every program is stored as soon as it is compiled: after a kill the same command goes
-on from there. All of them take about an hour on two cores.
+on from there. All of them take about an hour of one core.
 """
 
 import argparse

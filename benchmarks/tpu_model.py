@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
     batch: sequences a chip.
   """
 
-  layers: int = 8
+  layers: int = 4
   width: int = 1024
   vocabulary: int = 32_768
   length: int = 1024

@@ -54,8 +54,8 @@ def own_ascent(objective, mesh):
     return jax.lax.pmean(value, AXIS), grads
 
   specs = {'in_specs': (P(), P(AXIS)), 'out_specs': P()}
-  take = jax.shard_map(inner, mesh=mesh, **specs)
-  return cost_steps.step(optax.adam(cost_steps.RATE), take)
+  mapped = jax.shard_map(inner, mesh=mesh, **specs)
+  return cost_steps.step(optax.adam(cost_steps.RATE), mapped)
 
 
 METHODS: dict[str, Callable[..., cost_steps.Step]] = {
@@ -149,9 +149,9 @@ def make_step(
 
 
 def _sharding(mesh, x, spread=True):
-  """Over the longest axis, if it is spread and long enough."""
+  """Over the longest axis, if it is to be spread and can be."""
   spec = [None] * x.ndim
-  if spread and x.size > mesh.size:
+  if spread and x.ndim and max(x.shape) % mesh.size == 0:
     spec[int(np.argmax(x.shape))] = AXIS
   return NamedSharding(mesh, P(*spec))
 

@@ -260,6 +260,32 @@ def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, door
   assert_close(grads, expected(method)[1])
 
 
+@pytest.mark.skipif(
+  not hasattr(jax, 'shard_map'), reason='this JAX maps all axes or none'
+)
+@every_door
+def test_one_ascent_a_pod_with_parameters_sharded_inside_it(door):
+  """Mapped over the pods only: what lies on the chips of one is left to the compiler."""
+  on = mesh(pod=2, chip=4)
+  put = lambda x, spec: jax.device_put(x, NamedSharding(on, spec))
+  specs = {
+    layer: {'kernel': P(None, 'chip'), 'bias': P('chip')} for layer in make_params()
+  }
+  params = jax.tree.map(put, make_params(), specs)
+  data = tuple(put(x, P(('pod', 'chip'))) for x in make_data())
+  step = DOORS[door]('msam', axis_name='pod')
+  grads = jax.jit(
+    shard_map(
+      lambda params, data: step(vary(params, 'pod'), data)[1],
+      mesh=on,
+      in_specs=(P(), P('pod')),
+      out_specs=P(),
+      axis_names={'pod'},
+    )
+  )(params, data)
+  assert_close(grads, expected('msam', parts=2)[1])
+
+
 def test_one_spec_is_for_every_leaf_and_scalars_are_of_the_whole():
   """Slope and radius are the same on all devices, and are those of one device."""
   w = jnp.arange(1.0, 9.0)
