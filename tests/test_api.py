@@ -101,7 +101,7 @@ def test_readme_code_runs_as_pasted(capsys):
   data, start = [batch()] * 100, mlp_params()
   namespace = {'loss_fn': loss, 'params': start, 'batches': data}
   blocks = code_blocks()
-  assert len(blocks) == 4
+  assert len(blocks) == 5
   for block in blocks:
     exec(compile(block, 'README.md', 'exec'), namespace)
   assert namespace['loss'] < 0.5 * loss(start, data[0])

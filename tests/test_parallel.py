@@ -265,7 +265,7 @@ def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, door
 )
 @every_door
 def test_one_ascent_a_pod_with_parameters_sharded_inside_it(door):
-  """Mapped over the pods only: what lies on the chips of one is left to the compiler."""
+  """Mapped over the pods only: how it lies on their chips is left to the compiler."""
   on = mesh(pod=2, chip=4)
   put = lambda x, spec: jax.device_put(x, NamedSharding(on, spec))
   specs = {
