@@ -16,6 +16,7 @@ from importlib import metadata
 import json
 import os
 from pathlib import Path
+import re
 import time
 from typing import Any
 from typing import NamedTuple
@@ -92,6 +93,7 @@ def weigh(cell: Cell, sizes: Sizes) -> dict[str, Any]:
     loops are made to count as often as they run; the compiler's ``temporaries``,
     ``arguments`` and ``code`` in bytes; ``compile_s``; and ``messages``: for each kind
     of collective how often and with how many bytes, and how many ``scalar`` ones.
+    Only ``needs_gb``, if the program does not fit into the memory of a chip.
   """
   mesh = mesh_of(cell.topology)
   step = make_step(
@@ -104,7 +106,13 @@ def weigh(cell: Cell, sizes: Sizes) -> dict[str, Any]:
   )
   lowered = step.run.lower(*step.args)
   began, busy = time.perf_counter(), time.process_time()
-  compiled = lowered.compile()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    needs = re.search(r'memory required .*?\(([\d.]+)G\)', str(error))
+    if 'RESOURCE_EXHAUSTED' not in str(error) or not needs:
+      raise
+    return {'needs_gb': float(needs[1])}
   seconds, busy = time.perf_counter() - began, time.process_time() - busy
   program, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
   in_loops = hlo.boundary_bytes(program) / hlo.boundary_bytes(program, loops=False)

@@ -37,7 +37,10 @@ def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
     plain = [p for p in here if not p['remedy']]
     title = f'{topology}, {layout}'
     yield title, [list(COST), *(_cost(p, adam) for p in plain)]
-    yield f'{title}: messages', [list(SENT), *(_sent(p) for p in plain)]
+    yield (
+      f'{title}: messages',
+      [list(SENT), *(_sent(p) for p in plain if 'messages' in p)],
+    )
     if any(p['remedy'] for p in here):
       rows = [p for p in here if p['method'] in ('adam', DROP_IN)]
       rows.sort(key=lambda p: (p['remedy'], p['method']))
@@ -70,10 +73,13 @@ def show(results: Mapping[str, Any], console: Console) -> None:
 
 
 def _cost(program: Mapping[str, Any], adam: Mapping[str, Any]) -> list[str]:
+  name = ' + '.join(filter(None, (program['method'], program['remedy'])))
+  if 'needs_gb' in program:
+    return [name, '', '', f'does not fit: {program["needs_gb"]:.1f} GB', '', '']
   ratio = lambda key: f'(×{program[key] / adam[key]:.2f})'
   scaled = lambda key, unit, digits: f'{program[key] / unit:,.{digits}f} {ratio(key)}'
   return [
-    ' + '.join(filter(None, (program['method'], program['remedy']))),
+    name,
     scaled('flops', 1e12, 3),
     scaled('bytes', 1e9, 1),
     scaled('temporaries', 1e6, 0),

@@ -145,7 +145,8 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return x
   if hasattr(jax.lax, 'pcast'):
     return jax.lax.pcast(x, tuple(sorted(axes)), to='varying')
-  return jax.lax.pvary(x, tuple(sorted(axes)))
+  # The name that it has in older versions of JAX.
+  return jax.lax.pvary(x, tuple(sorted(axes)))  # pyright: ignore
 
 
 def _accumulate(one, parts, shards, params):

@@ -80,11 +80,14 @@ def test_256_chips_need_no_more_memory_each_than_16():
 
 
 def test_what_is_compiled_is_stored_and_not_compiled_again(tmp_path, monkeypatch):
-  cells = [Cell('v5e:4x4', FULLY_SHARDED, method) for method in ('adam', DROP_IN)]
+  methods = ('adam', DROP_IN, OWN)
+  cells = [Cell('v5e:4x4', FULLY_SHARDED, method) for method in methods]
   calls = []
 
   def fake(cell, sizes):
     calls.append(cell)
+    if cell.method == OWN:
+      return {'needs_gb': 41.25}
     gathered = {'all-gather': {'count': 3, 'bytes': 2_000_000}}
     figures = ('flops', 'bytes', 'temporaries', 'arguments', 'code', 'compile_s')
     return {**dict.fromkeys((*figures, 'compile_cpu_s'), 1e9), 'messages': gathered}
@@ -98,5 +101,6 @@ def test_what_is_compiled_is_stored_and_not_compiled_again(tmp_path, monkeypatch
   table = tpu_report.markdown(results)
   assert f'| {DROP_IN} | 0.001 (×1.00) | 1.0 (×1.00) | 1,000 (×1.00)' in table
   assert '| adam | 2 in 3 |  |  | 0 |' in table
+  assert f'| {OWN} |  |  | does not fit: 41.2 GB |  |  |' in table
   tpu_compile.run(cells[:1], SMALL._replace(layers=2), path)
   assert calls == [*cells, cells[0]]
