@@ -95,7 +95,14 @@ DOORS = {
   'drop-in': drop_in,
   'compiled once': functools.partial(drop_in, compile_once=True),
 }
-every_door = pytest.mark.parametrize('door', DOORS)
+# Two copies of the gradient are in test_shards, and here in a slow run.
+every_door = pytest.mark.parametrize(
+  'door',
+  [
+    pytest.param(door, marks=pytest.mark.slow if door == 'drop-in' else ())
+    for door in DOORS
+  ],
+)
 
 
 def mesh(**axes):
