@@ -114,8 +114,9 @@ def collectives(program: Program) -> list[Collective]:
       shapes = shapes[-1:] if kind == 'all-gather' else shapes[:1]
     if kind in ('reduce-scatter', 'all-reduce'):
       shapes = _operand_shapes(program.computations[name], op)
-    channel = re.search(r'channel_id=(\d+)', op.rest)
-    key = (kind, channel[1] if channel else f'{name}/{op.name}')
+    # An asynchronous one is a chain of fusions that show it again and again.
+    chained = re.search(r'channel_id=\d+(?=.*chain_id=)', op.rest)
+    key = (kind, chained[0] if chained else f'{name}/{op.name}')
     times = max(program.times[name], found[key].times if key in found else 0)
     found[key] = Collective(kind, sum(map(_nbytes, shapes)), times)
   return list(found.values())

@@ -74,6 +74,24 @@ def test_messages_and_their_bytes():
   ]
 
 
+def test_a_chain_of_fusions_is_one_message_and_equal_channels_are_not():
+  """All that ``shard_map`` sends may have the same channel."""
+  ops = [
+    f'  %g{i} = f32[16]{{0}} all-gather(%a), channel_id={channel}{rest}'
+    for i, (channel, rest) in enumerate(
+      [
+        (1, ''),
+        (1, ''),
+        (2, ', frontend_attributes={chain_id="0"}'),
+        (2, ', frontend_attributes={chain_id="0"}'),
+      ]
+    )
+  ]
+  head = 'ENTRY %main (a: f32[4]) -> f32[4] {\n  %a = f32[4]{0} parameter(0)\n'
+  program = hlo.read(head + '\n'.join(ops) + '\n}')
+  assert hlo.collectives(program) == 3 * [('all-gather', 64, 1)]
+
+
 def test_bytes_at_the_boundaries_of_fusions():
   array, weights, gathered = 4 * 8 * 4, 8 * 8 * 4, 16 * 8 * 4
   inside = (2 * array + weights) + 2 * array + 3 * 4 + (4 + 4 + 1)
