@@ -158,6 +158,30 @@ def check_varying(grads: Any, axis_name: Any) -> None:
       )
 
 
+def check_axes(params: Any, param_specs: Any, axis_name: Any) -> None:
+  """Raises if parameters are sharded over an axis that gradients are averaged over.
+
+  The devices of that axis hold different parameters, whose mean means nothing.
+
+  Args:
+    params: the parameters.
+    param_specs: how they are sharded inside ``shard_map``.
+    axis_name: the mapped axis or axes of the average, or None.
+
+  Raises:
+    ValueError: if an axis is named in both.
+  """
+  names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+  for axes in leaf_axes(param_specs, params):
+    for axis in set(axes) & set(names):
+      raise ValueError(
+        f'Parameters that are sharded over {axis!r} by `param_specs` cannot be averaged'
+        ' over it by `axis_name`: its devices hold different ones. If the loss gathers'
+        ' them, their gradients are sums over that axis already: leave it out of'
+        ' `axis_name`, and divide the loss by the size of the axis.'
+      )
+
+
 def check_sharded(grads: Any, param_specs: Any) -> None:
   """Raises if ``param_specs`` names an axis along which a gradient is the same.
 

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from msam_optax.checks import check_axes
+from msam_optax.masks import resolve_mask
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
 from msam_optax.shards import mean_over_devices
@@ -131,7 +133,7 @@ def value_and_grad(
     _looped if compile_once else _straight,
     at_probe=at_probe,
     argnums=argnums,
-    dtype=perturbation_dtype,
+    cast=lambda tree: _cast(tree, perturbation_dtype, mask),
   )
   if sync_ascent:
     take = both_passes(in_parts(plain), average=average, synced=axis_name)
@@ -140,6 +142,7 @@ def value_and_grad(
 
   @functools.wraps(loss_fn)
   def value_and_grad_fn(*args, **kwargs):
+    check_axes(_select(args, argnums), param_specs, axis_name)
     output, grads = take(*args, **kwargs)
     grads = grads if sync_ascent else average(grads)
     return output, jax.tree.map(
@@ -187,20 +190,20 @@ def without_state(
   return at_probe
 
 
-def _straight(take, *, at_probe, argnums, dtype, average, synced):
+def _straight(take, *, at_probe, argnums, cast, average, synced):
   """The clean pass, and the pass at the probe."""
   del synced
 
   def both(*args, **kwargs):
     output, grads = take(*args, **kwargs)
-    g = _cast(average(grads), dtype)
+    g = cast(average(grads))
     grad_fn = lambda probe: take(*_replace(args, argnums, probe), **kwargs)[1]
     return output, average(at_probe(g, _select(args, argnums), grad_fn))
 
   return both
 
 
-def _looped(take, *, at_probe, argnums, dtype, average, synced):
+def _looped(take, *, at_probe, argnums, cast, average, synced):
   """Both passes as the iterations of ``g ← ∇ℓ(w + δ(g))``, from ``g = 0``.
 
   A gradient of zero is no perturbation, so the first iteration is the clean pass.
@@ -219,7 +222,7 @@ def _looped(take, *, at_probe, argnums, dtype, average, synced):
 
       return average(at_probe(g, params, grad_fn)), outputs[0]
 
-    start = _cast(zeros_like(params, synced), dtype)
+    start = cast(zeros_like(params, synced))
     grads, outputs = jax.lax.scan(one_pass, start, length=2)
     return jax.tree.map(lambda x: x[0], outputs), grads
 
@@ -237,8 +240,13 @@ def _check_parts(axis_name, shards, sync_ascent):
     )
 
 
-def _cast(tree, dtype):
-  return tree if dtype is None else jax.tree.map(lambda x: x.astype(dtype), tree)
+def _cast(tree, dtype, mask):
+  """Gradients in a dtype, but for leaves that are not moved."""
+  if dtype is None:
+    return tree
+  return jax.tree.map(
+    lambda moved, x: x.astype(dtype) if moved else x, resolve_mask(mask, tree), tree
+  )
 
 
 def _select(args, argnums):

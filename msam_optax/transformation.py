@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax.checks import check_admits
+from msam_optax.checks import check_axes
 from msam_optax.checks import check_like
 from msam_optax.checks import check_params
 from msam_optax.checks import check_sharded
@@ -163,6 +164,7 @@ def sharpness_aware(
   ):
     evaluate = evaluation(grad_fn, value_and_grad_fn, extra_args)
     _check_inputs(updates, params)
+    check_axes(params, param_specs, axis_name)
     check_varying(updates, axis_name)
     check_sharded(updates, param_specs)
     admitted = resolve_mask(mask, params)

@@ -378,3 +378,11 @@ def test_an_axis_that_a_leaf_is_not_sharded_over_is_refused():
 def test_specs_that_do_not_fit_are_refused(specs, error, match):
   with pytest.raises(error, match=match):
     chain('msam', param_specs=specs)(make_params(), make_data())
+
+
+@every_door
+@pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
+def test_an_axis_of_parameters_cannot_be_averaged_over(check_vma, door):
+  step = DOORS[door]('msam', axis_name='i', param_specs=P('i'))
+  with pytest.raises(ValueError, match="sharded over 'i' by `param_specs` cannot be"):
+    mapped(step, check_vma)

@@ -146,6 +146,20 @@ def test_perturbation_dtype_with_one_loop(sync):
 
 
 @passes
+def test_perturbation_dtype_leaves_masked_gradients_as_they_are(once):
+  loss = lambda w: w['a'].astype(jnp.float32) * w['b'] / 3
+  take = msam_optax.value_and_grad(
+    loss,
+    rho=0.0,
+    mask={'a': True, 'b': False},
+    perturbation_dtype='bfloat16',
+    compile_once=once,
+  )
+  _, grads = take({'a': jnp.float32(1), 'b': jnp.float32(1)})
+  np.testing.assert_allclose(grads['b'], 1 / 3, rtol=1e-6)
+
+
+@passes
 def test_a_gradient_that_is_not_finite_comes_out_so(once):
   f = lambda w, x: jnp.sum(jnp.where(w > 0, jnp.mean(x) * w, 0.0))
   x = jnp.array([1.0, 1.0, jnp.nan, 1.0])
