@@ -22,7 +22,9 @@ _HEAD = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _OP = re.compile(
   r'\s*(ROOT )?%?([\w.\-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\(([^()]*)\)(.*)'
 )
-_CALLED = re.compile(r'(calls|to_apply|body|condition)=%?([\w.\-]+)')
+_CALLED = re.compile(
+  r'(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)'
+)
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 # Nothing is read or written by these, or it is counted where it is done.
 _FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while'}
@@ -109,16 +111,16 @@ def collectives(program: Program) -> list[Collective]:
     kind = op.opcode.removesuffix('-start')
     if kind not in COLLECTIVES:
       continue
-    shapes = op.shapes
-    if kind == 'collective-permute' or kind != op.opcode:
-      shapes = shapes[-1:] if kind == 'all-gather' else shapes[:1]
-    if kind in ('reduce-scatter', 'all-reduce'):
-      shapes = _operand_shapes(program.computations[name], op)
+    sent = sum(map(_nbytes, _operand_shapes(program.computations[name], op)))
+    if kind == 'all-gather':
+      both = sum(map(_nbytes, op.shapes))
+      # What starts one has its operands in its result, too.
+      sent = both if kind == op.opcode else both - sent
     # An asynchronous one is a chain of fusions that show it again and again.
     chained = re.search(r'channel_id=\d+(?=.*chain_id=)', op.rest)
     key = (kind, chained[0] if chained else f'{name}/{op.name}')
     times = max(program.times[name], found[key].times if key in found else 0)
-    found[key] = Collective(kind, sum(map(_nbytes, shapes)), times)
+    found[key] = Collective(kind, sent, times)
   return list(found.values())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from msam_optax.checks import check_axes
 from msam_optax.masks import resolve_mask
@@ -55,7 +56,8 @@ def value_and_grad(
     rho: ``ρ``, the radius, scalar >= 0, a number or an array. For a schedule, make
       the function inside the training step and give ``rho=schedule(step)``.
     argnums: positional argument, or arguments, that hold the parameters.
-    has_aux: whether ``loss_fn`` returns ``(scalar, aux)``.
+    has_aux: whether ``loss_fn`` returns ``(scalar, aux)``; with ``shards`` or
+      ``compile_once`` it holds arrays only.
     mask: which leaves of the parameters are moved, see :func:`sharpness_aware`.
       With several ``argnums`` it is for the tuple of these arguments. (Leaves that
       JAX cannot differentiate, as integers, belong into another argument.)
@@ -64,7 +66,9 @@ def value_and_grad(
     shards: number of micro-batches, >= 1, into which the first axis of every array
       among the other arguments is cut; scalars, as typed random keys, go whole to
       each. The value is the mean of theirs, the auxiliary output is stacked. The
-      ``loss_fn`` must take the mean over its batch.
+      ``loss_fn`` must take the mean over its batch. Parts are consecutive rows: where
+      ``jit`` has the batch laid over devices, a scan over them gathers it to each of
+      them, and ``vectorize_shards`` or ``axis_name`` does not.
     vectorize_shards: whether to take all micro-batches at once (``vmap``; as fast as
       the whole batch, with a probe and a gradient in memory for each), and not one
       after the other (``scan``; the memory of one).
@@ -77,7 +81,8 @@ def value_and_grad(
       the program holds one copy of the gradient: less to compile, less code, and no
       second copy for an automatic partitioner to shard worse. Meant for large models
       on accelerators; convolutions in a loop are many times slower on the CPU. The
-      clean pass, too, then gets the parameters in ``perturbation_dtype``.
+      clean pass, too, then gets the parameters in ``perturbation_dtype``, and a metric
+      of your own must have the direction zero where the gradient is.
 
   Returns:
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
@@ -111,7 +116,7 @@ def value_and_grad(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  _check_parts(axis_name, shards, sync_ascent)
+  _check_parts(axis_name, shards, sync_ascent, vectorize_shards)
   at_probe = without_state(
     metric,
     rho,
@@ -122,7 +127,7 @@ def value_and_grad(
 
   in_parts = functools.partial(
     over_shards,
-    shards=shards,
+    shards=None if shards is None else int(shards),
     argnums=argnums,
     has_aux=has_aux,
     vectorize=vectorize_shards,
@@ -142,6 +147,7 @@ def value_and_grad(
 
   @functools.wraps(loss_fn)
   def value_and_grad_fn(*args, **kwargs):
+    _check_argnums(argnums, args)
     check_axes(_select(args, argnums), param_specs, axis_name)
     output, grads = take(*args, **kwargs)
     grads = grads if sync_ascent else average(grads)
@@ -229,15 +235,27 @@ def _looped(take, *, at_probe, argnums, cast, average, synced):
   return both
 
 
-def _check_parts(axis_name, shards, sync_ascent):
-  if shards is not None and (not isinstance(shards, int) or shards < 1):
+def _check_parts(axis_name, shards, sync_ascent, vectorize):
+  whole = isinstance(shards, (int, np.integer)) and not isinstance(shards, bool)
+  if shards is not None and not (whole and shards >= 1):
     raise ValueError(f'`shards` must be a whole number >= 1, got {shards!r}.')
+  if vectorize and shards is None:
+    raise ValueError('`vectorize_shards` needs `shards`, the number of micro-batches.')
   if sync_ascent and axis_name is None and shards is None:
     raise ValueError(
       '`sync_ascent=True` averages the ascent gradient over the parts of a batch: name'
       ' the mapped axis that they lie on, as in `axis_name="batch"`, or cut the batch'
       ' with `shards`.'
     )
+
+
+def _check_argnums(argnums, args):
+  for i in argnums if isinstance(argnums, Sequence) else (argnums,):
+    if not -len(args) <= i < len(args):
+      raise ValueError(
+        f'`argnums` is {argnums}, but there are {len(args)} positional arguments: give'
+        ' the parameters by position.'
+      )
 
 
 def _cast(tree, dtype, mask):

@@ -51,7 +51,8 @@ class Metric(NamedTuple):
   Attributes:
     init: ``params -> state``. A metric without state returns a tree without
       leaves.
-    ascend: ``(grads, state, params) -> (Ascent, state)``. If it is to work on
+    ascend: ``(grads, state, params) -> (Ascent, state)``; the direction is zero, not
+      NaN, where the gradient is. If it is to work on
       parameters that are sharded inside ``shard_map``, it also takes ``param_specs=``,
       their ``PartitionSpec``s, and sums over the axes that they name.
   """

@@ -139,7 +139,7 @@ def settle(
     usable = jnp.isfinite(magnitude) & ~jnp.isnan(radius)
     return jnp.where(usable, g_probe, jnp.nan)
 
-  magnitudes = jax.tree.map(_magnitude, grads)
+  magnitudes = jax.tree.map(lambda g: _magnitude(g, like=grads), grads)
   leaves, structure = jax.tree.flatten(magnitudes)
   magnitudes = structure.unflatten(maxima(leaves, leaf_axes(param_specs, grads)))
   return jax.tree.map(
@@ -149,6 +149,6 @@ def settle(
   )
 
 
-def _magnitude(g):
+def _magnitude(g, like):
   floating = jnp.issubdtype(jnp.result_type(g), jnp.floating)
-  return largest_magnitude(g) if floating else jnp.zeros([])
+  return widen(largest_magnitude(g) if floating else 0, like=like)

@@ -92,6 +92,36 @@ def test_a_chain_of_fusions_is_one_message_and_equal_channels_are_not():
   assert hlo.collectives(program) == 3 * [('all-gather', 64, 1)]
 
 
+def test_gathers_that_are_started_together_count_all_that_they_gather():
+  text = """
+ENTRY %main (a: f32[4], b: f32[8]) -> f32[16] {
+  %a = f32[4]{0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  ROOT %g = ((f32[4], f32[8]), (f32[16], f32[32])) all-gather-start(%a, %b)
+}
+"""
+  assert hlo.collectives(hlo.read(text)) == [('all-gather', (16 + 32) * 4, 1)]
+
+
+def test_both_branches_of_a_conditional_count():
+  text = """
+%branch (p: f32[4,8]) -> f32[4,4] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %d = f32[4,4]{1,0} dot(%p, %p), lhs_contracting_dims={1}
+}
+
+ENTRY %main (a: f32[4,8], c: pred[]) -> f32[4,4] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %c = pred[] parameter(1)
+  ROOT %r = f32[4,4]{1,0} conditional(%c, %a, %a), %s
+}
+"""
+  old = 'true_computation=%branch, false_computation=%branch'
+  for attributes in (old, 'branch_computations={%branch, %branch}'):
+    program = hlo.read(text.replace('%s', attributes))
+    assert hlo.matrix_flops(program) == 2 * (2 * 4 * 4 * 8)
+
+
 def test_bytes_at_the_boundaries_of_fusions():
   array, weights, gathered = 4 * 8 * 4, 8 * 8 * 4, 16 * 8 * 4
   inside = (2 * array + weights) + 2 * array + 3 * 4 + (4 + 4 + 1)

@@ -386,3 +386,65 @@ def test_an_axis_of_parameters_cannot_be_averaged_over(check_vma, door):
   step = DOORS[door]('msam', axis_name='i', param_specs=P('i'))
   with pytest.raises(ValueError, match="sharded over 'i' by `param_specs` cannot be"):
     mapped(step, check_vma)
+
+
+SEVERAL_AXES = {
+  'both axes of the mesh on one of the leaf': (P(('i', 'j')), P(('i', 'j'))),
+  'one axis each': (P('i', 'j'), P('i', 'j')),
+  'other axes for other leaves': (P('i'), P(None, 'j')),
+  'one leaf whole': (P('j', 'i'), None),
+}
+
+
+@pytest.mark.parametrize('masked', [False, True], ids=['all', 'masked'])
+@pytest.mark.parametrize('name', SEVERAL_AXES)
+def test_leaves_sharded_over_several_axes(name, masked):
+  """Slope and gradient are those of one device, whatever lies where."""
+  specs = dict(zip('ab', SEVERAL_AXES[name], strict=True))
+  rng = np.random.default_rng(0)
+  params = {key: jnp.asarray(rng.normal(size=(4, 8)), jnp.float32) for key in 'ab'}
+  tx = msam_optax.msam(
+    0.3, param_specs=specs, mask={'a': True, 'b': False} if masked else None
+  )
+
+  def step(params):
+    # The gradient of ½‖w‖² is w, part by part.
+    updates, state = tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
+    return updates, state.slope
+
+  in_specs = jax.tree.map(
+    lambda s: s or P(), specs, is_leaf=lambda x: x is None or isinstance(x, P)
+  )
+  updates, slope = jax.jit(
+    shard_map(
+      step, mesh=mesh(i=2, j=2), in_specs=(in_specs,), out_specs=(in_specs, P())
+    )
+  )(params)
+  moved = ['a'] if masked else ['a', 'b']
+  n = np.sqrt(sum(np.sum(np.float64(params[key]) ** 2) for key in moved))
+  np.testing.assert_allclose(slope, n / np.sqrt(1 + n**2), rtol=1e-6)
+  for key in params:
+    factor = 1 + 0.3 / (n * np.sqrt(1 + n**2)) if key in moved else 1.0
+    np.testing.assert_allclose(updates[key], factor * params[key], rtol=1e-6)
+
+
+def test_leaves_of_several_dtypes_are_sharded_side_by_side(x64):
+  """Under strict promotion, with an integer leaf that the mask leaves out."""
+  params = {
+    'half': jnp.ones(4, jnp.bfloat16),
+    'double': jnp.ones(4, jnp.float64),
+    'count': jnp.zeros(4, jnp.int32),
+  }
+  grads = {**params, 'count': jnp.zeros(4, jnp.float32)}
+  mask = {'half': True, 'double': True, 'count': False}
+  tx = msam_optax.sam(0.5, mask=mask, param_specs=P('i'))
+
+  def step(grads, params):
+    updates, state = tx.update(grads, tx.init(params), params, grad_fn=lambda p: grads)
+    return updates, state.slope
+
+  updates, slope = shard_map(
+    step, mesh=mesh(i=4), in_specs=(P('i'), P('i')), out_specs=(P('i'), P())
+  )(grads, params)
+  chex.assert_trees_all_equal(updates, grads)
+  np.testing.assert_allclose(slope, np.sqrt(8))

@@ -117,32 +117,42 @@ def test_parameters_may_be_any_arguments(argnums):
 def test_bfloat16_gradients_are_summed_in_float32(sync, once):
   """A thousand equal gradients that a bfloat16 sum would stop counting."""
   f = lambda w, x: jnp.mean(x) * w
-  take = msam_optax.value_and_grad(
-    f, shards=1024, sync_ascent=sync, compile_once=once and not sync
-  )
+  take = msam_optax.value_and_grad(f, shards=1024, sync_ascent=sync, compile_once=once)
   _, grad = take(jnp.ones([], jnp.bfloat16), jnp.ones(1024, jnp.bfloat16))
   assert grad.dtype == jnp.bfloat16
   assert grad == 1.0
 
 
 @both_syncs
-def test_perturbation_dtype_with_one_loop(sync):
-  """Without it ρ = 1e-3 would be lost in bfloat16; both passes are in float32."""
+@passes
+def test_perturbation_dtype_keeps_a_radius_that_bfloat16_would_lose(once, sync):
+  """The loss is looked at w, and at float32 probes at the distance ρ from it."""
   params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), make_params())
-  options = {'rho': 1e-3, 'perturbation_dtype': 'float32', 'shards': 2}
+  seen = []
 
-  def in_float32(params, data):
-    return loss(jax.tree.map(lambda w: w.astype(jnp.float32), params), data)
+  def watched(params, data):
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    jax.debug.callback(lambda *leaves: seen.append(leaves), *jax.tree.leaves(wide))
+    return loss(wide, data)
 
-  got, want = (
-    msam_optax.value_and_grad(
-      in_float32, sync_ascent=sync, compile_once=once, **options
-    )(params, make_data())
-    for once in (True, False)
+  take = msam_optax.value_and_grad(
+    watched,
+    msam_optax.euclidean(),
+    rho=1e-3,
+    perturbation_dtype='float32',
+    shards=2,
+    sync_ascent=sync,
+    compile_once=once,
   )
-  chex.assert_trees_all_equal_dtypes(got[1], params)
-  chex.assert_trees_all_close(got[1], want[1], rtol=1e-2, atol=1e-3)
-  np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+  _, grads = jax.block_until_ready(take(params, make_data()))
+  jax.effects_barrier()
+  chex.assert_trees_all_equal_dtypes(grads, params)
+  start = [np.asarray(w, np.float64) for w in jax.tree.leaves(params)]
+  distances = sorted(
+    np.sqrt(sum(np.sum((x - w) ** 2) for x, w in zip(leaves, start, strict=True)))
+    for leaves in seen
+  )
+  np.testing.assert_allclose(distances, [0, 0, 1e-3, 1e-3], rtol=1e-3)
 
 
 @passes
@@ -251,7 +261,23 @@ def test_no_data_is_refused():
     take(jnp.ones(3))
 
 
-@pytest.mark.parametrize('shards', [0, -1, 2.0])
+def test_parameters_that_are_not_positional_are_named():
+  take = msam_optax.value_and_grad(loss, shards=4, compile_once=True)
+  with pytest.raises(ValueError, match='`argnums` is 0, but there are 0 positional'):
+    take(params=make_params(), data=make_data())
+
+
+def test_vectorized_without_shards_is_refused():
+  with pytest.raises(ValueError, match='`vectorize_shards` needs `shards`'):
+    msam_optax.value_and_grad(loss, vectorize_shards=True)
+
+
+def test_shards_may_be_a_numpy_integer():
+  take = drop_in('msam', shards=np.int64(4))
+  assert_close(take(make_params(), make_data()), expected('msam', parts=4))
+
+
+@pytest.mark.parametrize('shards', [0, -1, 2.0, True])
 def test_a_wrong_number_of_shards_is_refused(shards):
   with pytest.raises(ValueError, match='`shards` must be a whole number >= 1'):
     msam_optax.value_and_grad(loss, shards=shards)
