@@ -17,9 +17,6 @@ BY_HAND = {
   'mapped': {'shards': SHARDS, 'sync_ascent': False},
   'mapped_synced': {'shards': SHARDS, 'sync_ascent': True},
 }
-# The trainings are for all tests here: with several workers, one of them has them all.
-pytestmark = pytest.mark.xdist_group('processes')
-
 COUNTS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
