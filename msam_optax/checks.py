@@ -147,7 +147,7 @@ def check_varying(grads: Any, axis_name: Any) -> None:
   if axis_name is None:
     return
   for axis in axis_name if isinstance(axis_name, tuple) else (axis_name,):
-    if axis in varying_axes(jax.lax.axis_index(axis)) and not all(
+    if axis in varying_axes(axis_index(axis, 'axis_name')) and not all(
       axis in varying_axes(g) for g in jax.tree.leaves(grads)
     ):
       raise ValueError(
@@ -183,26 +183,97 @@ def check_axes(params: Any, param_specs: Any, axis_name: Any) -> None:
 
 
 def check_sharded(grads: Any, param_specs: Any) -> None:
-  """Raises if ``param_specs`` names an axis along which a gradient is the same.
+  """Raises if ``param_specs`` and the gradients differ in what is sharded.
 
-  Its squares would be counted once a device. Only a checked ``shard_map`` can tell.
+  A leaf that every device has whole would be counted once a device, and of one whose
+  axis is not named only a part. Only a checked ``shard_map`` can tell.
 
   Args:
     grads: the gradients.
     param_specs: how the parameters are said to be sharded, see :func:`leaf_axes`.
 
   Raises:
-    ValueError: if a leaf is not sharded as it is said to be.
+    ValueError: if a leaf is not sharded as it is said to be, or there is no such axis.
   """
   leaves = jax.tree_util.tree_leaves_with_path(grads)
-  for (path, g), axes in zip(leaves, leaf_axes(param_specs, grads), strict=True):
-    for axis in axes:
-      if axis in varying_axes(jax.lax.axis_index(axis)) - varying_axes(g):
+  named = leaf_axes(param_specs, grads)
+  tracked = [
+    axis
+    for axis in sorted({axis for axes in named for axis in axes})
+    if axis in varying_axes(axis_index(axis, 'param_specs'))
+  ]
+  advice = ' Give the specs that shard_map has as `in_specs` for the parameters.'
+  for (path, g), axes in zip(leaves, named, strict=True):
+    for axis in tracked:
+      if axis in axes and axis not in varying_axes(g):
         raise ValueError(
           f'`param_specs` says that the leaf {at_path(path)} is sharded over {axis!r},'
-          ' but its gradient is the same all along that axis. Give the specs that'
-          ' shard_map has as `in_specs` for the parameters.'
+          f' but its gradient is the same all along that axis.{advice}'
         )
+      if axis not in axes and axis in varying_axes(g):
+        raise ValueError(
+          f'`param_specs` says that other leaves are sharded over {axis!r}, and the'
+          f' leaf {at_path(path)} is not, but its gradient differs along that axis.'
+          f'{advice}'
+        )
+
+
+def check_probe(probe: Any, params: Any, grads: Any) -> None:
+  """Raises if the gradient at the probe would be another kind than the clean one.
+
+  In a checked ``shard_map`` the gradient of what is the same on all devices is their
+  sum. A probe that differs between them would get the gradient of one device.
+
+  Args:
+    probe: the parameters, moved uphill.
+    params: the parameters.
+    grads: the clean gradients.
+
+  Raises:
+    ValueError: if a leaf of the probe varies along an axis along which neither the
+      parameter nor its gradient does.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(probe)
+  for (path, p), w, g in zip(
+    leaves, jax.tree.leaves(params), jax.tree.leaves(grads), strict=True
+  ):
+    for axis in sorted(varying_axes(p) - varying_axes(w) - varying_axes(g)):
+      raise ValueError(
+        f'The probe differs along the axis {axis!r} {at_path(path)}, where the parameter'
+        ' is the same: the clean gradient is a sum over the devices there, and that at'
+        ' the probe would not be. If other leaves are sharded over the axis, say so with'
+        ' `param_specs`, so that their norm is summed over it. If a hyperparameter'
+        ' (`rho`, `alpha`) differs along it, cast the parameters before gradients are'
+        f' taken, `params = jax.lax.pcast(params, {axis!r}, to="varying")`, and name the'
+        ' axis in `axis_name`.'
+      )
+
+
+def check_axis_name(axis_name: Any) -> None:
+  """Raises unless ``axis_name`` is a name, a tuple of names, or None."""
+  try:
+    hash(axis_name)
+  except TypeError as error:
+    raise TypeError(
+      f'`axis_name` must be the name of a mapped axis, or a tuple of names, got'
+      f' {axis_name!r}.'
+    ) from error
+
+
+def axis_index(axis: Any, argument: str) -> jax.Array:
+  """This device's place along a mapped axis that an argument names.
+
+  Raises:
+    ValueError: if nothing is mapped over such an axis here.
+  """
+  try:
+    return jax.lax.axis_index(axis)
+  except NameError as error:
+    raise ValueError(
+      f'`{argument}` names the axis {axis!r}, but nothing is mapped over an axis of this'
+      ' name here: it is for the inside of pmap, vmap and shard_map. Under jit with'
+      ' sharded arrays leave it out.'
+    ) from error
 
 
 def varying_axes(x: Any) -> frozenset[str]:

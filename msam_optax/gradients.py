@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msam_optax.checks import check_axes
+from msam_optax.checks import check_axis_name
 from msam_optax.masks import resolve_mask
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
@@ -66,9 +67,11 @@ def value_and_grad(
     shards: number of micro-batches, >= 1, into which the first axis of every array
       among the other arguments is cut; scalars, as typed random keys, go whole to
       each. The value is the mean of theirs, the auxiliary output is stacked. The
-      ``loss_fn`` must take the mean over its batch. Parts are consecutive rows: where
-      ``jit`` has the batch laid over devices, a scan over them gathers it to each of
-      them, and ``vectorize_shards`` or ``axis_name`` does not.
+      ``loss_fn`` must take the mean over its batch. Parts are consecutive rows. Where
+      ``jit`` has the batch on several devices, begin the loss with ``batch =
+      jax.lax.with_sharding_constraint(batch, sharding)``, so that each part is laid
+      over them, too: else every device may compute whole parts. With explicit sharding
+      that is done.
     vectorize_shards: whether to take all micro-batches at once (``vmap``; as fast as
       the whole batch, with a probe and a gradient in memory for each), and not one
       after the other (``scan``; the memory of one).
@@ -116,6 +119,7 @@ def value_and_grad(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
+  check_axis_name(axis_name)
   _check_parts(axis_name, shards, sync_ascent, vectorize_shards)
   at_probe = without_state(
     metric,

@@ -81,10 +81,25 @@ def ascend(
     floating = jnp.issubdtype(dtype, jnp.floating)
     return jnp.zeros(jnp.shape(g), dtype if floating else jnp.float32)
 
-  mask = resolve_mask(mask, params)
+  admitted = jax.tree.map(admit, resolve_mask(mask, params), grads)
+  return ascend_whole(metric, admitted, state, params, param_specs)
+
+
+def ascend_whole(
+  metric: Metric, grads: Any, state: Any, params: Any, param_specs: Any
+) -> tuple[Ascent, Any]:
+  """The metric's ascent, of leaves that are whole or sharded inside ``shard_map``."""
   # A metric that is not made for sharded parameters need not know of them.
-  kwargs = {} if param_specs is None else {'param_specs': param_specs}
-  return metric.ascend(jax.tree.map(admit, mask, grads), state, params, **kwargs)
+  if param_specs is None:
+    return metric.ascend(grads, state, params)
+  try:
+    return metric.ascend(grads, state, params, param_specs=param_specs)
+  except TypeError as error:
+    error.add_note(
+      'With `param_specs` a metric must take `ascend(grads, state, params, *,'
+      ' param_specs)` and sum over the axes of the mesh that they name.'
+    )
+    raise
 
 
 def distance(

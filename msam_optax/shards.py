@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 from msam_optax.checks import check_varying
 from msam_optax.checks import varying_axes
@@ -107,7 +110,7 @@ def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]
         f' the others, of length {length}, into {shards} equal shards.' + advice
       )
   parts = [leaves[i][1] for i in rows]
-  parts = [jnp.reshape(x, (shards, length // shards, *x.shape[1:])) for x in parts]
+  parts = [_cut(x, shards) for x in parts]
 
   def join(part):
     new = [x for _, x in leaves]
@@ -119,7 +122,10 @@ def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]
 
 
 def zeros_like(params: Any, summed_over: Any = ()) -> Any:
-  """A gradient of zero, as ``shard_map`` types the one that a loss has.
+  """A gradient of zero, with the type that the one of a loss has.
+
+  In ``shard_map`` it varies as the parameters do; where shardings are part of the
+  types it has theirs.
 
   Args:
     params: pytree of arrays.
@@ -131,9 +137,14 @@ def zeros_like(params: Any, summed_over: Any = ()) -> Any:
   names = summed_over if isinstance(summed_over, tuple) else (summed_over,)
 
   def zeros(w):
+    zero = jnp.zeros_like(w)
+    lies = explicit_sharding(w)
+    if lies is not None:
+      # What a loop closes over, and is no tracer, would lose it.
+      zero = jax.sharding.reshard(zero, lies)
     varying = varying_axes(w)
     if varying.isdisjoint(names):
-      return jnp.zeros_like(w)
+      return zero
     return vary(jnp.zeros(w.shape, w.dtype), varying - set(names))
 
   return jax.tree.map(zeros, params)
@@ -147,6 +158,31 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.pcast(x, tuple(sorted(axes)), to='varying')
   # The name that it has in older versions of JAX.
   return jax.lax.pvary(x, tuple(sorted(axes)))  # pyright: ignore
+
+
+def explicit_sharding(x: Any) -> NamedSharding | None:
+  """How an array lies over devices, where JAX has that as a part of its type."""
+  lies = jax.typeof(x).sharding
+  return lies if any(getattr(lies, 'spec', ())) else None
+
+
+def _cut(x, shards):
+  """``[n, ...]`` as ``[shards, n / shards, ...]``; each part lies as the whole did."""
+  rows = x.shape[0] // shards
+  shape = (shards, rows, *x.shape[1:])
+  lies = explicit_sharding(x)
+  if lies is None:
+    return jnp.reshape(x, shape)
+  names = lies.spec[0] if isinstance(lies.spec[0], tuple) else (lies.spec[0],)
+  devices = math.prod(lies.mesh.shape[name] for name in names if name is not None)
+  if rows % devices:
+    raise ValueError(
+      f'The {x.shape[0]} rows of a batch that lies over {devices} devices cannot be cut'
+      f' into {shards} shards that do, too: the rows of a shard, here {rows}, must be a'
+      f' multiple of {devices}.'
+    )
+  lies = lies.update(spec=PartitionSpec(None, *lies.spec))
+  return jax.lax.reshape(x, shape, out_sharding=lies)
 
 
 def _accumulate(one, parts, shards, params):

@@ -9,8 +9,10 @@ import optax
 
 from msam_optax.checks import check_admits
 from msam_optax.checks import check_axes
+from msam_optax.checks import check_axis_name
 from msam_optax.checks import check_like
 from msam_optax.checks import check_params
+from msam_optax.checks import check_probe
 from msam_optax.checks import check_sharded
 from msam_optax.checks import check_unmasked
 from msam_optax.checks import check_varying
@@ -24,6 +26,7 @@ from msam_optax.metrics import check_metric
 from msam_optax.metrics import Metric
 from msam_optax.numerics import wide_dtype
 from msam_optax.perturbation import ascend
+from msam_optax.perturbation import ascend_whole
 from msam_optax.perturbation import distance
 from msam_optax.perturbation import perturb
 from msam_optax.perturbation import settle
@@ -129,6 +132,7 @@ def sharpness_aware(
   """
   check_metric('metric', metric)
   check_hyperparameter('rho', rho)
+  check_axis_name(axis_name)
   if sync_ascent and axis_name is None:
     raise ValueError(
       '`sync_ascent=True` averages the ascent gradient over a mapped axis: name'
@@ -180,6 +184,7 @@ def sharpness_aware(
       param_specs=param_specs,
     )
     probe = perturb(w, ascent, value_at('rho', rho, state.count), mask=admitted)
+    check_probe(probe, params, updates)
     probe_value, probe_grads = evaluate(probe, g, perturbation_dtype is None)
     radius = distance(probe, w, mask=admitted, param_specs=param_specs)
     scalars = {
@@ -202,7 +207,9 @@ def sharpness_aware(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def normalize_by(metric: Metric) -> optax.GradientTransformation:
+def normalize_by(
+  metric: Metric, *, param_specs: Any = None
+) -> optax.GradientTransformation:
   """The ascent direction ``G⁻¹g/√(gᵀG⁻¹g)`` as a plain transformation.
 
   It makes every metric an adversary for Optax's own SAM wrapper. This is Monge
@@ -214,6 +221,8 @@ def normalize_by(metric: Metric) -> optax.GradientTransformation:
 
   Args:
     metric: the metric ``G``.
+    param_specs: the params' ``PartitionSpec``s, if sharded inside ``shard_map``, see
+      :func:`sharpness_aware`.
 
   Returns:
     An :class:`optax.GradientTransformation` whose state is the metric's.
@@ -231,7 +240,8 @@ def normalize_by(metric: Metric) -> optax.GradientTransformation:
     return metric.init(params)
 
   def update(updates, state, params=None):
-    ascent, state = metric.ascend(updates, state, params)
+    check_sharded(updates, param_specs)
+    ascent, state = ascend_whole(metric, updates, state, params, param_specs)
     return ascent.direction, state
 
   return optax.GradientTransformation(init, update)

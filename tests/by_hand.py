@@ -11,7 +11,9 @@ import numpy as np
 RHO = {'msam': 0.3, 'sam': 0.3, 'asam': 0.5}
 
 
-def sharpness_aware_gradient(method, loss, params, data, *, parts=1, synced=False):
+def sharpness_aware_gradient(
+  method, loss, params, data, *, parts=1, synced=False, radii=None
+):
   """The mean over equal parts of a batch of the gradients at their probes.
 
   Args:
@@ -20,7 +22,8 @@ def sharpness_aware_gradient(method, loss, params, data, *, parts=1, synced=Fals
     params: pytree of arrays.
     data: pytree of arrays with the batch as first axis.
     parts: how many parts the batch is cut into.
-    synced: whether the parts share one probe, that of their mean gradient.
+    synced: whether the parts share one ascent, that of their mean gradient.
+    radii: the radius of each part; by default the method's in ``RHO``.
 
   Returns:
     The mean of the losses at ``params``, and the gradient.
@@ -32,20 +35,20 @@ def sharpness_aware_gradient(method, loss, params, data, *, parts=1, synced=Fals
   ]
   own = [jax.grad(loss)(params, cut) for cut in cuts]
   ascents = [mean(own)] * parts if synced else own
+  radii = [RHO[method]] * parts if radii is None else radii
   at_probes = [
-    jax.grad(loss)(probe(method, params, g), cut)
-    for g, cut in zip(ascents, cuts, strict=True)
+    jax.grad(loss)(probe(method, params, g, rho), cut)
+    for g, cut, rho in zip(ascents, cuts, radii, strict=True)
   ]
   return np.mean([loss(params, cut) for cut in cuts]), mean(at_probes)
 
 
-def probe(method, params, grads):
+def probe(method, params, grads, rho):
   """``w + δ`` by the paper's formula of each method."""
   leaves = lambda f: sum(
     float(np.sum(np.square(np.asarray(f(w, g), np.float64))))
     for w, g in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
   )
-  rho = RHO[method]
   if method == 'asam':
     scale = lambda w: jnp.abs(w) + 0.01 if w.ndim > 1 else jnp.ones_like(w)
     norm = np.sqrt(leaves(lambda w, g: scale(w) * g))

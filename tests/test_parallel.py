@@ -189,19 +189,24 @@ def test_jit_with_sharded_arrays(layout, method, door):
   np.testing.assert_allclose(value, want_value, rtol=1e-6)
 
 
-@pytest.mark.skipif(
+has_explicit_sharding = pytest.mark.skipif(
   not hasattr(jax.sharding.AxisType, 'Explicit') or not hasattr(jax, 'set_mesh'),
   reason='this JAX has no explicit sharding',
 )
+
+
+def place_explicitly(layout):
+  """Arrays that have their shardings as types, a loss that gathers, and the mesh."""
+  params, data, on = place(layout, axis_types=(jax.sharding.AxisType.Explicit,))
+  whole = lambda w: jax.sharding.reshard(w, P())
+  return params, data, lambda p, data: loss(jax.tree.map(whole, p), data), on
+
+
+@has_explicit_sharding
 @every_door
 def test_jit_with_explicit_sharding(door):
   """Where shardings are part of the types, the gradient has that of its parameter."""
-  params, data, on = place(
-    'fully-sharded', axis_types=(jax.sharding.AxisType.Explicit,)
-  )
-  gathered = lambda p, data: loss(
-    jax.tree.map(lambda w: jax.sharding.reshard(w, P()), p), data
-  )
+  params, data, gathered, on = place_explicitly('fully-sharded')
   with jax.set_mesh(on):
     _, grads = jax.jit(DOORS[door]('msam', gathered))(params, data)
   assert_close(grads, expected('msam')[1])
@@ -366,6 +371,120 @@ def test_an_axis_that_a_leaf_is_not_sharded_over_is_refused():
       in_specs=(P(), P('i')),
       out_specs=P(),
     )(make_params(), make_data())
+
+
+def tensor_parallel(door, param_specs, *, metric=None):
+  """Tensor parallelism, with specs that may be wrong."""
+  add_up = functools.partial(jax.lax.psum, axis_name='model')
+  if metric is None:
+    step = DOORS[door](
+      'msam', functools.partial(loss, add_up=add_up), param_specs=param_specs
+    )
+  else:
+    step = msam_optax.value_and_grad(
+      functools.partial(loss, add_up=add_up), metric, param_specs=param_specs
+    )
+  return shard_map(
+    lambda params, data: step(params, data)[1],
+    mesh=mesh(model=2),
+    in_specs=(TENSOR_PARALLEL, P()),
+    out_specs=TENSOR_PARALLEL,
+  )(make_params(), make_data())
+
+
+@every_door
+def test_sharded_parameters_without_specs_are_seen_by_a_leaf_that_is_whole(door):
+  with pytest.raises(
+    ValueError, match=r"'model' at \['out'\]\['bias'\].*`param_specs`"
+  ):
+    tensor_parallel(door, None)
+
+
+@every_door
+def test_a_leaf_that_is_missing_in_the_specs_is_named(door):
+  specs = {**TENSOR_PARALLEL, 'hidden': {'kernel': P(None, 'model'), 'bias': P()}}
+  with pytest.raises(ValueError, match=r"leaf at \['hidden'\]\['bias'\] is not, but"):
+    tensor_parallel(door, specs)
+
+
+def test_a_metric_that_knows_no_specs_is_told_so():
+  base = msam_optax.euclidean()
+  metric = msam_optax.Metric(base.init, lambda g, state, params: (None, state))
+  with pytest.raises(TypeError, match='param_specs') as info:
+    tensor_parallel('drop-in', TENSOR_PARALLEL, metric=metric)
+  assert (
+    'must take `ascend(grads, state, params, *, param_specs)`'
+    in (info.value.__notes__[0])
+  )
+
+
+@every_door
+@pytest.mark.parametrize('name', ['axis_name', 'param_specs'])
+def test_an_axis_that_nothing_is_mapped_over_is_named(name, door):
+  given = {'axis_name': 'i', 'param_specs': P('i')}
+  with pytest.raises(ValueError, match=f"`{name}` names the axis 'i', but nothing is"):
+    DOORS[door]('msam', **{name: given[name]})(make_params(), make_data())
+
+
+@every_door
+def test_an_axis_name_that_is_no_name_is_refused(door):
+  with pytest.raises(TypeError, match='or a tuple of names'):
+    DOORS[door]('msam', axis_name=['i'])
+
+
+@pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
+@pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
+@pytest.mark.parametrize('shards', [None, 2])
+def test_each_device_may_have_a_radius_of_its_own(shards, once, sync):
+  """As the mean of what devices with one radius each would have."""
+
+  def step(params, data, rho):
+    return msam_optax.value_and_grad(
+      loss,
+      msam_optax.monge(),
+      rho[0],
+      axis_name='i',
+      sync_ascent=sync,
+      compile_once=once,
+      shards=shards,
+    )(vary(params), data)[1]
+
+  grads = jax.jit(
+    shard_map(step, mesh=mesh(i=2), in_specs=(P(), P('i'), P('i')), out_specs=P())
+  )(make_params(), make_data(), jnp.array([0.1, 0.3]))
+  a_device = shards or 1
+  want = expected(
+    'msam',
+    parts=2 * a_device,
+    synced=sync,
+    radii=[0.1] * a_device + [0.3] * a_device,
+  )
+  assert_close(grads, want[1])
+
+
+def test_a_radius_that_differs_where_parameters_do_not_is_refused():
+  """The gradient at the probe would be that of one device, not the sum of all."""
+  step = lambda params, rho: msam_optax.value_and_grad(
+    lambda p: loss(p, make_data()), rho=rho[0]
+  )(params)[1]
+  with pytest.raises(ValueError, match=r"differs along the axis 'i'.*`rho`.*pcast"):
+    shard_map(step, mesh=mesh(i=2), in_specs=(P(), P('i')), out_specs=P())(
+      make_params(), jnp.array([0.1, 0.3])
+    )
+
+
+def test_a_normalized_direction_of_sharded_parameters():
+  """As an adversary of Optax's own wrapper, with the norm of the whole."""
+  w = jnp.arange(1.0, 9.0)
+  tx = msam_optax.normalize_by(msam_optax.monge(), param_specs=P('i'))
+  direction = shard_map(
+    lambda w: tx.update(w, tx.init(w), w)[0],
+    mesh=mesh(i=4),
+    in_specs=P('i'),
+    out_specs=P('i'),
+  )(w)
+  n = np.linalg.norm(w)
+  np.testing.assert_allclose(direction, w / n / np.sqrt(1 + n**2), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

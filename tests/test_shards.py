@@ -9,16 +9,21 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import hlo
 import msam_optax
 from tests import by_hand
 from tests.test_parallel import assert_close
 from tests.test_parallel import drop_in
 from tests.test_parallel import every_method
 from tests.test_parallel import expected
+from tests.test_parallel import has_explicit_sharding
+from tests.test_parallel import LAYOUTS
 from tests.test_parallel import loss
 from tests.test_parallel import make_data
 from tests.test_parallel import make_params
 from tests.test_parallel import mapped
+from tests.test_parallel import place
+from tests.test_parallel import place_explicitly
 
 both_syncs = pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
 both_ways = pytest.mark.parametrize('vectorize', [False, True], ids=['scan', 'vmap'])
@@ -54,6 +59,75 @@ def test_micro_batches_on_each_of_several_devices(check_vma, once, sync):
   step = drop_in('msam', axis_name='i', shards=2, sync_ascent=sync, compile_once=once)
   got = mapped(step, check_vma)
   assert_close(got, expected('msam', parts=8, synced=sync)[1])
+
+
+@has_explicit_sharding
+@both_syncs
+@both_ways
+@passes
+@pytest.mark.parametrize('shards', [2, 8])
+@pytest.mark.parametrize(
+  'layout',
+  [
+    pytest.param(layout, marks=() if layout == 'fully-sharded' else pytest.mark.slow)
+    for layout in LAYOUTS
+  ],
+)
+def test_micro_batches_where_shardings_are_types(layout, shards, once, vectorize, sync):
+  """Each lies over the devices as the batch did, and the gradients as parameters."""
+  params, data, gathered, on = place_explicitly(layout)
+  take = drop_in(
+    'msam',
+    gathered,
+    shards=shards,
+    vectorize_shards=vectorize,
+    sync_ascent=sync,
+    compile_once=once,
+  )
+  with jax.set_mesh(on):
+    _, grads = jax.jit(take)(params, data)
+  assert_close(grads, expected('msam', parts=shards, synced=sync)[1])
+  for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
+    assert g.sharding.is_equivalent_to(w.sharding, w.ndim)
+
+
+@has_explicit_sharding
+@pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
+def test_micro_batches_where_shardings_are_types_without_jit(once):
+  params, data, gathered, on = place_explicitly('fully-sharded')
+  with jax.set_mesh(on):
+    _, grads = drop_in('msam', gathered, shards=2, compile_once=once)(params, data)
+  assert_close(grads, expected('msam', parts=2)[1])
+
+
+@has_explicit_sharding
+def test_micro_batches_that_cannot_lie_as_the_batch_does_are_refused():
+  params, data, gathered, on = place_explicitly('fully-sharded')
+  with (
+    jax.set_mesh(on),
+    pytest.raises(ValueError, match='over 4 devices cannot be cut'),
+  ):
+    drop_in('msam', gathered, shards=16)(params, data)
+
+
+@both_syncs
+@both_ways
+def test_a_batch_that_the_loss_lays_over_devices_is_worked_on_once(vectorize, sync):
+  """Counted in the program: each device has its part of the products, and no more."""
+  params, data, on = place('data-parallel')
+  lies = jax.sharding.NamedSharding(on, jax.sharding.PartitionSpec('i'))
+
+  def laid(params, data):
+    return loss(params, jax.lax.with_sharding_constraint(data, lies))
+
+  def products(take):
+    compiled = jax.jit(take).lower(params, data).compile()
+    return hlo.matrix_flops(hlo.read(compiled.as_text()))
+
+  take = drop_in('msam', laid, shards=2, vectorize_shards=vectorize, sync_ascent=sync)
+  assert products(take) == 2 * products(jax.value_and_grad(loss))
+  _, grads = jax.jit(take)(params, data)
+  assert_close(grads, expected('msam', parts=2, synced=sync)[1])
 
 
 @both_ways
