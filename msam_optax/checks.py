@@ -239,13 +239,13 @@ def check_probe(probe: Any, params: Any, grads: Any) -> None:
   ):
     for axis in sorted(varying_axes(p) - varying_axes(w) - varying_axes(g)):
       raise ValueError(
-        f'The probe differs along the axis {axis!r} {at_path(path)}, where the parameter'
-        ' is the same: the clean gradient is a sum over the devices there, and that at'
-        ' the probe would not be. If other leaves are sharded over the axis, say so with'
+        f'The probe differs along the axis {axis!r} {at_path(path)}, and the parameter'
+        ' does not: the clean gradient is a sum over the devices there, and that at the'
+        ' probe would not be. If other leaves are sharded over the axis, say so with'
         ' `param_specs`, so that their norm is summed over it. If a hyperparameter'
         ' (`rho`, `alpha`) differs along it, cast the parameters before gradients are'
-        f' taken, `params = jax.lax.pcast(params, {axis!r}, to="varying")`, and name the'
-        ' axis in `axis_name`.'
+        f' taken, `params = jax.lax.pcast(params, {axis!r}, to="varying")`, and name'
+        ' the axis in `axis_name`.'
       )
 
 
@@ -270,8 +270,8 @@ def axis_index(axis: Any, argument: str) -> jax.Array:
     return jax.lax.axis_index(axis)
   except NameError as error:
     raise ValueError(
-      f'`{argument}` names the axis {axis!r}, but nothing is mapped over an axis of this'
-      ' name here: it is for the inside of pmap, vmap and shard_map. Under jit with'
+      f'`{argument}` names the axis {axis!r}, but nothing is mapped over an axis of'
+      ' this name here: it is for the inside of pmap, vmap and shard_map. Under jit with'
       ' sharded arrays leave it out.'
     ) from error
 
