@@ -271,8 +271,8 @@ def axis_index(axis: Any, argument: str) -> jax.Array:
   except NameError as error:
     raise ValueError(
       f'`{argument}` names the axis {axis!r}, but nothing is mapped over an axis of'
-      ' this name here: it is for the inside of pmap, vmap and shard_map. Under jit with'
-      ' sharded arrays leave it out.'
+      ' this name here: it is for the inside of pmap, vmap and shard_map. Under jit'
+      ' with sharded arrays leave it out.'
     ) from error
 
 
