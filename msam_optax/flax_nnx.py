@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-from msam_optax.gradients import without_state
+from msam_optax.gradients import both_passes
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
 
@@ -22,14 +22,17 @@ def value_and_grad(
   mask: Any = None,
   axis_name: Any = None,
   sync_ascent: bool = False,
+  param_specs: Any = None,
   perturbation_dtype: Any = None,
+  compile_once: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
   """Takes the place of ``nnx.value_and_grad``: the gradient is sharpness-aware.
 
   The value, the auxiliary output and whatever the pass does to the model and the
   other arguments (BatchNorm statistics, random counters, metrics) are those of the
   clean pass, once. The gradient is the one at the probe, which a copy takes from the
-  same start: with the same dropout masks, and without a trace in the model.
+  same start: with the same dropout masks, and without a trace in the model. (For
+  micro-batches split the model, and use :func:`msam_optax.value_and_grad`.)
 
   Args:
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
@@ -41,7 +44,11 @@ def value_and_grad(
     mask: which leaves of the model's state are moved, see :func:`sharpness_aware`.
     axis_name: the mapped axis over which the gradient at the probe is averaged.
     sync_ascent: whether to average the gradient for the ascent, too.
+    param_specs: how the model's state is sharded inside ``shard_map``, see
+      :func:`sharpness_aware`.
     perturbation_dtype: floating dtype of the probe, by default that of the params.
+    compile_once: whether to run both passes as two iterations of one loop, see
+      :func:`msam_optax.value_and_grad`; the auxiliary output then holds arrays only.
 
   Returns:
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
@@ -71,25 +78,27 @@ def value_and_grad(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  at_probe = without_state(
+  take = both_passes(
+    _functional(loss_fn, argnums, has_aux),
     metric,
     rho,
+    argnums=0,
+    has_aux=True,
     mask=mask,
     axis_name=axis_name,
     sync_ascent=sync_ascent,
+    param_specs=param_specs,
     perturbation_dtype=perturbation_dtype,
+    compile_once=compile_once,
   )
-  clean = nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
 
   @functools.wraps(loss_fn)
   def value_and_grad_at_probe(*args, **kwargs):
-    # Copies, made before the clean pass changes variables (statistics, counters).
-    take = grad_fn(loss_fn, *args, argnums=argnums, has_aux=has_aux, **kwargs)
     wrt = argnums.filter if isinstance(argnums, nnx.DiffState) else nnx.Param
     params = nnx.state(args[_position(argnums, args)], wrt)
-    params = jax.tree.map(lambda x: x, params)
-    value, grads = clean(*args, **kwargs)
-    return value, at_probe(grads, params, take)
+    (value, (aux, changed)), grads = take(params, *nnx.split((args, kwargs)))
+    nnx.update((args, kwargs), changed)
+    return (value, aux) if has_aux else value, grads
 
   return value_and_grad_at_probe
 
@@ -171,25 +180,52 @@ def value_and_grad_fn(
     >>> print(f"{optax.tree.get(optimizer.opt_state, 'rise')[...]:.4f}")  # 0.05·√2
     0.0707
   """
-  take = nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
-  position = _position(argnums, args)
-  start = nnx.clone((args, kwargs))
+  take = _functional(loss_fn, argnums, has_aux)
+  start = nnx.split(nnx.clone((args, kwargs)))
+  _position(argnums, args)
 
   def take_at(params):
-    new_args, new_kwargs = nnx.clone(start)
-    nnx.update(new_args[position], params)
-    value, grads = take(*new_args, **new_kwargs)
-    if nnx.to_flat_state(nnx.state(grads)).paths != nnx.to_flat_state(params).paths:
-      raise ValueError(
-        'The gradients that `loss_fn` has are of other variables than those that are'
-        ' trained. Where only some are trained, give the same'
-        ' `argnums=nnx.DiffState(position, filter)` here and to nnx.value_and_grad,'
-        ' and the same filter as `wrt` of nnx.Optimizer.'
-      )
-    grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
-    return value[0] if has_aux else value, grads
+    (value, _), grads = take(params, *start)
+    return value, grads
 
   return take_at
+
+
+def _functional(loss_fn, argnums, has_aux):
+  """The loss and its gradient as a pure function of what ``nnx.split`` gives.
+
+  Returns:
+    ``(params, graph, state) -> ((value, (aux, changed)), grads)`` with the variables
+    that the loss function has changed.
+  """
+
+  def pure(params, graph, state):
+    # New variables: those of the caller may not be changed while this is traced.
+    args, kwargs = nnx.merge(graph, jax.tree.map(lambda x: x, state))
+    nnx.update(args[_position(argnums, args)], params)
+    before = _arrays((args, kwargs))
+    output = loss_fn(*args, **kwargs)
+    value, aux = output if has_aux else (output, None)
+    return value, (aux, _changed((args, kwargs), before))
+
+  return jax.value_and_grad(pure, has_aux=True)
+
+
+def _arrays(node):
+  """The arrays in each variable, by its path."""
+  return {path: jax.tree.leaves(x) for path, x in nnx.to_flat_state(nnx.state(node))}
+
+
+def _changed(node, before):
+  """The variables that hold other arrays than before, or were not there."""
+  ids = lambda arrays: [id(x) for x in arrays]
+  return nnx.from_flat_state(
+    [
+      (path, x)
+      for path, x in nnx.to_flat_state(nnx.state(node))
+      if ids(jax.tree.leaves(x)) != ids(before.get(path, []))
+    ]
+  )
 
 
 def _position(argnums, args):

@@ -1,9 +1,12 @@
 """Flax NNX: a model with BatchNorm and Dropout, the drop-in, and the chain."""
 
+import functools
+
 import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -12,6 +15,8 @@ from msam_optax import euclidean
 from msam_optax import flax_nnx
 from msam_optax import monge
 from msam_optax import msam
+from tests import by_hand
+from tests import test_parallel
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -65,8 +70,9 @@ def papers_step(model, rho, lr):
   )
 
 
-def drop_in_step(model, optimizer):
-  loss, grads = flax_nnx.value_and_grad(loss_fn, monge(), rho=0.5)(model, X, Y)
+def drop_in_step(model, optimizer, **kwargs):
+  take = flax_nnx.value_and_grad(loss_fn, monge(), rho=0.5, **kwargs)
+  loss, grads = take(model, X, Y)
   optimizer.update(model, grads)
   return loss
 
@@ -78,8 +84,12 @@ def chain_step(model, optimizer):
   return loss
 
 
+once = functools.partial(drop_in_step, compile_once=True)
+passes = pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
+
 STEPS = {
   'drop-in': (drop_in_step, lambda: optax.sgd(0.1)),
+  'compiled once': (once, lambda: optax.sgd(0.1)),
   'chain': (chain_step, lambda: optax.chain(msam(rho=0.5), optax.sgd(0.1))),
 }
 
@@ -99,7 +109,7 @@ def test_one_step(door, jit):
   chex.assert_trees_all_close(loss, clean_loss, rtol=1e-6)
   chex.assert_trees_all_close(arrays(model, nnx.Param), expected, rtol=1e-4, atol=1e-6)
   not_params = nnx.Not(nnx.Param)
-  if jit:
+  if jit or door == 'compiled once':
     # The same arithmetic in another program: fused, so equal to rounding only.
     chex.assert_trees_all_close(
       arrays(model, not_params), arrays(clean, not_params), rtol=1e-6
@@ -140,7 +150,8 @@ def test_auxiliary_output_and_keyword_arguments():
   chex.assert_trees_all_close(grads, plain, rtol=1e-6)
 
 
-def test_other_objects_are_changed_once():
+@passes
+def test_other_objects_are_changed_once(once):
   """Metrics that the loss function updates count each batch once."""
 
   def counting(metric, model, x, y):
@@ -149,10 +160,71 @@ def test_other_objects_are_changed_once():
     return loss
 
   metric = nnx.metrics.Average()
-  take = flax_nnx.value_and_grad(counting, argnums=1)
+  take = flax_nnx.value_and_grad(counting, argnums=1, compile_once=once)
   loss, _ = take(metric, make(), X, Y)
   assert metric.count[...] == 1
   chex.assert_trees_all_close(metric.compute(), loss, rtol=1e-6)
+
+
+@passes
+def test_variables_that_the_pass_makes_are_kept(once):
+  def remembering(model, x, y):
+    model.last = nnx.Intermediate(model.hidden(x))
+    return loss_fn(model, x, y)
+
+  model = make()
+  want = model.hidden(X)
+  flax_nnx.value_and_grad(remembering, compile_once=once)(model, X, Y)
+  np.testing.assert_allclose(model.last[...], want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loop_carries_no_copy_of_what_it_does_not_change():
+  """The base weights under a LoRA, say, would be in memory twice more."""
+  model = nnx.LoRALinear(3, 2, lora_rank=5, rngs=nnx.Rngs(0))
+  wrt = nnx.DiffState(0, nnx.LoRAParam)
+  take = flax_nnx.value_and_grad(loss_fn, argnums=wrt, compile_once=True)
+  graph, state = nnx.split(model)
+  program = jax.make_jaxpr(lambda state: take(nnx.merge(graph, state), X, Y))(state)
+  (loop,) = (e for e in program.eqns if e.primitive.name == 'scan')
+  shapes = sorted(x.aval.shape for x in loop.outvars)
+  assert shapes == [(2,), (3, 5), (5, 2)]  # Values of both passes, and gradients.
+
+
+@passes
+@pytest.mark.parametrize('sharded', [False, True], ids=['replicated', 'sharded'])
+def test_shard_map(sharded, once):
+  """Data over one axis, and the model's last axis over another or not at all."""
+  model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+  graph, state = nnx.split(model)
+  y = jnp.tile(Y, (1, 2))
+  spec = lambda w: P(*[None] * (w.ndim - 1), 'model')
+  specs = jax.tree.map(spec, state) if sharded else jax.tree.map(lambda _: P(), state)
+
+  def squares(model, x, y):
+    error = jnp.mean(jnp.square(model(x) - y))
+    return jax.lax.pmean(error, 'model') if sharded else error
+
+  def step(state, x, y):
+    model = nnx.merge(graph, test_parallel.vary(state, 'data'))
+    take = flax_nnx.value_and_grad(
+      squares,
+      monge(),
+      0.3,
+      axis_name='data',
+      param_specs=specs if sharded else None,
+      compile_once=once,
+    )
+    return take(model, x, y)[1]
+
+  grads = test_parallel.shard_map(
+    step,
+    mesh=test_parallel.mesh(data=2, model=2),
+    in_specs=(specs, P('data'), P('data', 'model' if sharded else None)),
+    out_specs=specs,
+  )(state, X, y)
+  plain = lambda params, data: loss_fn(nnx.merge(graph, params), *data)
+  _, want = by_hand.sharpness_aware_gradient('msam', plain, state, (X, y), parts=2)
+  chex.assert_trees_all_close(grads, want, rtol=1e-5, atol=1e-6)
 
 
 def test_only_chosen_variables_are_trained():
