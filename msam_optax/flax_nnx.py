@@ -119,7 +119,8 @@ def grad_fn(
   Args:
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
     *args: the model, and what else ``loss_fn`` takes.
-    argnums: the position of the model, or ``nnx.DiffState(position, filter)``.
+    argnums: the position of the model; of an ``nnx.DiffState(position, filter)``, too,
+      only that counts: gradients are of the parameters that the function is given.
     has_aux: whether ``loss_fn`` returns ``(scalar, aux)``.
     **kwargs: keyword arguments of ``loss_fn``.
 
@@ -160,7 +161,8 @@ def value_and_grad_fn(
   Args:
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
     *args: the model, and what else ``loss_fn`` takes.
-    argnums: the position of the model, or ``nnx.DiffState(position, filter)``.
+    argnums: the position of the model; of an ``nnx.DiffState(position, filter)``, too,
+      only that counts: gradients are of the parameters that the function is given.
     has_aux: whether ``loss_fn`` returns ``(scalar, aux)``; aux is dropped.
     **kwargs: keyword arguments of ``loss_fn``.
 

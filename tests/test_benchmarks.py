@@ -32,7 +32,9 @@ def assert_bars_hold(problem, names):
   assert not exceeded
 
 
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize(
+  'name', [pytest.param('conv net', marks=pytest.mark.slow), 'transformer']
+)
 def test_a_step_costs_what_two_gradients_cost(name):
   assert_bars_hold(SMALL[name](), (cost.HAND, cost.OPAQUE, cost.CHAIN))
 
@@ -83,6 +85,7 @@ def test_steps_that_are_compared_take_the_same_step(name):
   )
 
 
+@pytest.mark.slow
 def test_cost_writes_its_figures(tmp_path, capsys):
   assert cost.main(['--quick', '--out', str(tmp_path)]) == 0
   results = json.loads((tmp_path / 'cost.json').read_text())

@@ -216,7 +216,7 @@ def test_shard_map(sharded, once):
     )
     return take(model, x, y)[1]
 
-  grads = test_parallel.shard_map(
+  grads = test_parallel.on_devices(
     step,
     mesh=test_parallel.mesh(data=2, model=2),
     in_specs=(specs, P('data'), P('data', 'model' if sharded else None)),
@@ -243,6 +243,20 @@ def test_only_chosen_variables_are_trained():
   optimizer.update(model, clean, grad_fn=grad_fn)
   moved = [b - a for b, a in zip(before, arrays(model, nnx.LoRAParam), strict=True)]
   chex.assert_trees_all_close(moved, jax.tree.leaves(grads), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_of_the_variables_that_are_given():
+  """Whether or not `argnums` says again which ones the optimizer trains."""
+  model = nnx.LoRALinear(3, 2, lora_rank=2, rngs=nnx.Rngs(0))
+  params = nnx.state(model, nnx.LoRAParam)
+  wrt = nnx.DiffState(0, nnx.LoRAParam)
+  plain, named = (
+    flax_nnx.grad_fn(loss_fn, model, X, Y, argnums=argnums)(params)
+    for argnums in (0, wrt)
+  )
+  want = nnx.grad(loss_fn, argnums=wrt)(model, X, Y)
+  chex.assert_trees_all_equal(plain, named)
+  chex.assert_trees_all_close(plain, want, rtol=1e-5, atol=1e-7)
 
 
 def test_rise_is_recorded_with_auxiliary_output():

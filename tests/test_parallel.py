@@ -110,20 +110,25 @@ def mesh(**axes):
   return jax.sharding.Mesh(devices.reshape(*axes.values()), tuple(axes))
 
 
+def on_devices(f, mesh, in_specs, out_specs, **kwargs):
+  """``shard_map`` in one program: without ``jit`` each operation would be one."""
+  return jax.jit(
+    shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **kwargs)
+  )
+
+
 def mapped(step, check_vma, cast=True, out_spec=P()):
   """The gradients of ``step`` on ``PARTS`` devices with replicated parameters."""
 
   def inner(params, data):
     return step(vary(params) if check_vma and cast else params, data)[1]
 
-  return jax.jit(
-    shard_map(
-      inner,
-      mesh=mesh(i=PARTS),
-      in_specs=(P(), P('i')),
-      out_specs=out_spec,
-      check_vma=check_vma,
-    )
+  return on_devices(
+    inner,
+    mesh=mesh(i=PARTS),
+    in_specs=(P(), P('i')),
+    out_specs=out_spec,
+    check_vma=check_vma,
   )(make_params(), make_data())
 
 
@@ -235,13 +240,11 @@ def test_shard_map_with_sharded_parameters(method, door, sync):
     sync_ascent=sync,
     param_specs=TENSOR_PARALLEL,
   )
-  grads = jax.jit(
-    shard_map(
-      lambda params, data: step(vary(params, 'data'), data)[1],
-      mesh=mesh(data=4, model=2),
-      in_specs=(TENSOR_PARALLEL, P('data')),
-      out_specs=TENSOR_PARALLEL,
-    )
+  grads = on_devices(
+    lambda params, data: step(vary(params, 'data'), data)[1],
+    mesh=mesh(data=4, model=2),
+    in_specs=(TENSOR_PARALLEL, P('data')),
+    out_specs=TENSOR_PARALLEL,
   )(make_params(), make_data())
   assert_close(grads, expected(method, parts=4, synced=sync)[1])
 
@@ -260,14 +263,12 @@ def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, door
     return loss(whole, data) / PARTS
 
   step = DOORS[door](method, gathered, param_specs=specs)
-  grads = jax.jit(
-    shard_map(
-      lambda params, data: step(params, data)[1],
-      mesh=mesh(i=PARTS),
-      in_specs=(specs, P('i')),
-      out_specs=specs,
-      check_vma=check_vma,
-    )
+  grads = on_devices(
+    lambda params, data: step(params, data)[1],
+    mesh=mesh(i=PARTS),
+    in_specs=(specs, P('i')),
+    out_specs=specs,
+    check_vma=check_vma,
   )(make_params(), make_data())
   assert_close(grads, expected(method)[1])
 
@@ -286,14 +287,12 @@ def test_one_ascent_a_pod_with_parameters_sharded_inside_it(door):
   params = jax.tree.map(put, make_params(), specs)
   data = tuple(put(x, P(('pod', 'chip'))) for x in make_data())
   step = DOORS[door]('msam', axis_name='pod')
-  grads = jax.jit(
-    shard_map(
-      lambda params, data: step(vary(params, 'pod'), data)[1],
-      mesh=on,
-      in_specs=(P(), P('pod')),
-      out_specs=P(),
-      axis_names={'pod'},
-    )
+  grads = on_devices(
+    lambda params, data: step(vary(params, 'pod'), data)[1],
+    mesh=on,
+    in_specs=(P(), P('pod')),
+    out_specs=P(),
+    axis_names={'pod'},
   )(params, data)
   assert_close(grads, expected('msam', parts=2)[1])
 
@@ -308,7 +307,7 @@ def test_one_spec_is_for_every_leaf_and_scalars_are_of_the_whole():
     _, state = tx.update(w, tx.init(w), w, grad_fn=jax.grad(loss))
     return jnp.stack([state.slope, state.radius])[None]
 
-  got = shard_map(
+  got = on_devices(
     step, mesh=mesh(i=4), in_specs=P('i'), out_specs=P('i'), check_vma=False
   )(w)
   n = np.linalg.norm(w)
@@ -333,7 +332,7 @@ def test_one_bad_entry_on_one_device_is_seen_on_all(explicit, bad):
     return updates, state.slope
 
   if explicit:
-    step = shard_map(step, mesh=on, in_specs=(P('i'), P('i')), out_specs=(P('i'), P()))
+    step = on_devices(step, mesh=on, in_specs=(P('i'), P('i')), out_specs=(P('i'), P()))
   placed = jax.device_put((grads, params), NamedSharding(on, P('i')))
   updates, slope = jax.jit(step)(*placed)
   assert np.isnan(updates['a']).all()
@@ -365,7 +364,7 @@ def test_a_missing_axis_name_leaves_devices_different_if_unchecked(door):
 def test_an_axis_that_a_leaf_is_not_sharded_over_is_refused():
   step = chain('msam', axis_name='i', param_specs=P('j'))
   with pytest.raises(ValueError, match=r"\['bias'\] is sharded over 'j', but"):
-    shard_map(
+    on_devices(
       lambda params, data: step(vary(params), data)[1],
       mesh=mesh(i=2, j=2),
       in_specs=(P(), P('i')),
@@ -384,7 +383,7 @@ def tensor_parallel(door, param_specs, *, metric=None):
     step = msam_optax.value_and_grad(
       functools.partial(loss, add_up=add_up), metric, param_specs=param_specs
     )
-  return shard_map(
+  return on_devices(
     lambda params, data: step(params, data)[1],
     mesh=mesh(model=2),
     in_specs=(TENSOR_PARALLEL, P()),
@@ -449,8 +448,8 @@ def test_each_device_may_have_a_radius_of_its_own(shards, once, sync):
       shards=shards,
     )(vary(params), data)[1]
 
-  grads = jax.jit(
-    shard_map(step, mesh=mesh(i=2), in_specs=(P(), P('i'), P('i')), out_specs=P())
+  grads = on_devices(
+    step, mesh=mesh(i=2), in_specs=(P(), P('i'), P('i')), out_specs=P()
   )(make_params(), make_data(), jnp.array([0.1, 0.3]))
   a_device = shards or 1
   want = expected(
@@ -468,7 +467,7 @@ def test_a_radius_that_differs_where_parameters_do_not_is_refused():
     lambda p: loss(p, make_data()), rho=rho[0]
   )(params)[1]
   with pytest.raises(ValueError, match=r"differs along the axis 'i'.*`rho`.*pcast"):
-    shard_map(step, mesh=mesh(i=2), in_specs=(P(), P('i')), out_specs=P())(
+    on_devices(step, mesh=mesh(i=2), in_specs=(P(), P('i')), out_specs=P())(
       make_params(), jnp.array([0.1, 0.3])
     )
 
@@ -477,7 +476,7 @@ def test_a_normalized_direction_of_sharded_parameters():
   """As an adversary of Optax's own wrapper, with the norm of the whole."""
   w = jnp.arange(1.0, 9.0)
   tx = msam_optax.normalize_by(msam_optax.monge(), param_specs=P('i'))
-  direction = shard_map(
+  direction = on_devices(
     lambda w: tx.update(w, tx.init(w), w)[0],
     mesh=mesh(i=4),
     in_specs=P('i'),
@@ -534,10 +533,8 @@ def test_leaves_sharded_over_several_axes(name, masked):
   in_specs = jax.tree.map(
     lambda s: s or P(), specs, is_leaf=lambda x: x is None or isinstance(x, P)
   )
-  updates, slope = jax.jit(
-    shard_map(
-      step, mesh=mesh(i=2, j=2), in_specs=(in_specs,), out_specs=(in_specs, P())
-    )
+  updates, slope = on_devices(
+    step, mesh=mesh(i=2, j=2), in_specs=(in_specs,), out_specs=(in_specs, P())
   )(params)
   moved = ['a'] if masked else ['a', 'b']
   n = np.sqrt(sum(np.sum(np.float64(params[key]) ** 2) for key in moved))
@@ -562,7 +559,7 @@ def test_leaves_of_several_dtypes_are_sharded_side_by_side(x64):
     updates, state = tx.update(grads, tx.init(params), params, grad_fn=lambda p: grads)
     return updates, state.slope
 
-  updates, slope = shard_map(
+  updates, slope = on_devices(
     step, mesh=mesh(i=4), in_specs=(P('i'), P('i')), out_specs=(P('i'), P())
   )(grads, params)
   chex.assert_trees_all_equal(updates, grads)
