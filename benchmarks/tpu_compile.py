@@ -7,7 +7,8 @@ it needs; its operations and the messages that chips send each other are read fr
 text. A last table has what else may be done to the step that is compiled worst.
 
 Every program is stored as soon as it is compiled: after a kill the same command goes
-on from there. All of them take about an hour of one core.
+on from there. All of them take about an hour of one core. `--layers 8` has a deeper
+model, in files of its own.
 """
 
 import argparse
@@ -165,8 +166,10 @@ def main(argv: list[str] | None = None) -> None:
     if not args.only or (cell.method in args.only and not cell.remedy)
   ]
   args.out.mkdir(parents=True, exist_ok=True)
-  results = run(wanted, sizes, args.out / 'tpu_compile.json')
-  (args.out / 'tpu_compile.md').write_text(markdown(results))
+  other = f'_{sizes.layers}_layers' if sizes != Sizes() else ''
+  path = args.out / f'tpu_compile{other}.json'
+  results = run(wanted, sizes, path)
+  path.with_suffix('.md').write_text(markdown(results))
   show(results, Console())
 
 

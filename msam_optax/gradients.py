@@ -68,10 +68,10 @@ def value_and_grad(
       among the other arguments is cut; scalars, as typed random keys, go whole to
       each. The value is the mean of theirs, the auxiliary output is stacked. The
       ``loss_fn`` must take the mean over its batch. Parts are consecutive rows. Where
-      ``jit`` has the batch on several devices, begin the loss with ``batch =
-      jax.lax.with_sharding_constraint(batch, sharding)``, so that each part is laid
-      over them, too: else every device may compute whole parts. With explicit sharding
-      that is done.
+      ``jit`` has the batch on several devices and parts come one after the other, begin
+      the loss with ``batch = jax.lax.with_sharding_constraint(batch, sharding)``, so
+      that each is laid over all: else every device may compute whole parts. With
+      explicit sharding that is done.
     vectorize_shards: whether to take all micro-batches at once (``vmap``; as fast as
       the whole batch, with a probe and a gradient in memory for each), and not one
       after the other (``scan``; the memory of one).

@@ -65,7 +65,7 @@ def test_micro_batches_on_each_of_several_devices(check_vma, once, sync):
 @both_syncs
 @both_ways
 @passes
-@pytest.mark.parametrize('shards', [2, 8])
+@pytest.mark.parametrize('shards', [2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
   'layout',
   [

@@ -417,7 +417,13 @@ def test_foreign_extra_arguments_reach_others():
 
 
 @pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name == 'msam' else pytest.mark.slow)
+    for name in METHODS
+  ],
+)
 @pytest.mark.parametrize('mapped', ['pmap', 'vmap'])
 def test_mapped_axis_equals_loop_over_shards(mapped, name, sync_ascent):
   shards, tx = 4, METHODS[name](rho=0.3, axis_name='i', sync_ascent=sync_ascent)
