@@ -72,11 +72,14 @@ class Collective(NamedTuple):
     kind: one of ``COLLECTIVES``.
     bytes: of the array on each device: what is gathered, summed or sent.
     times: how often it happens in a step.
+    groups: the devices, by number, of each group that sends among itself; of a
+      permutation pairs of sender and receiver.
   """
 
   kind: str
   bytes: int
   times: int
+  groups: tuple[tuple[int, ...], ...]
 
 
 def read(text: str) -> Program:
@@ -105,7 +108,11 @@ def read(text: str) -> Program:
 
 
 def collectives(program: Program) -> list[Collective]:
-  """Every message of a step; the parts of an asynchronous one count once."""
+  """Every message of a step; the parts of an asynchronous one count once.
+
+  Raises:
+    ValueError: if the groups of devices of a message cannot be read.
+  """
   found: dict[tuple[str, str], Collective] = {}
   for name, op in _executed(program):
     kind = op.opcode.removesuffix('-start')
@@ -120,7 +127,7 @@ def collectives(program: Program) -> list[Collective]:
     chained = re.search(r'channel_id=\d+(?=.*chain_id=)', op.rest)
     key = (kind, chained[0] if chained else f'{name}/{op.name}')
     times = max(program.times[name], found[key].times if key in found else 0)
-    found[key] = Collective(kind, sent, times)
+    found[key] = Collective(kind, sent, times, _groups(op.rest))
   return list(found.values())
 
 
@@ -155,6 +162,35 @@ def boundary_bytes(program: Program, *, loops: bool = True) -> float:
     shapes = (*op.shapes, *_operand_shapes(program.computations[name], op))
     total += sum(map(_nbytes, shapes)) * (program.times[name] if loops else 1)
   return total
+
+
+def _groups(rest):
+  """The groups of devices of a message, in any of the ways that XLA writes them."""
+  if listed := re.search(r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}', rest):
+    rows = re.findall(r'\{([\d,]*)\}', listed[1])
+    return tuple(tuple(int(x) for x in row.split(',')) for row in rows)
+  numbers = lambda text: [int(x) for x in text.split(',')]
+  iota = r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
+  if found := re.search(iota, rest):
+    shape = numbers(found[2])
+    order = numbers(found[3]) if found[3] else range(len(shape))
+    ids = np.arange(math.prod(shape)).reshape(shape).transpose(order)
+    return tuple(map(tuple, ids.reshape(numbers(found[1])).tolist()))
+  named = r'replica_groups=mesh\[([^\]]+)\] *\{([^}:]*)\}(?!.*device_ids=\()'
+  if found := re.search(named, rest):
+    axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    over = re.findall(r"'(\w+)'", found[2])
+    ids = np.arange(math.prod(map(int, axes.values()))).reshape(
+      *map(int, axes.values())
+    )
+    last = [list(axes).index(name) for name in over]
+    ids = np.moveaxis(ids, last, range(-len(last), 0))
+    size = math.prod(int(axes[name]) for name in over)
+    return tuple(map(tuple, ids.reshape(-1, size).tolist()))
+  unknown = re.search(r'replica_groups=(?!\{\}).*', rest)
+  if unknown:
+    raise ValueError(f'This notation of groups is not known: {unknown[0]}')
+  return ()
 
 
 def _executed(program: Program) -> Iterator[tuple[str, Op]]:

@@ -2,9 +2,10 @@
 
 Run `python -m benchmarks.tpu_compile` (with `pip install '.[tpu-compile]'`, on Linux).
 The step of a four-layer Flax transformer is compiled for slices of 4, 16 and 256 v5e
-chips, data-parallel and fully sharded. Of every program the compiler says what memory
-it needs; its operations and the messages that chips send each other are read from its
-text. A last table has what else may be done to the step that is compiled worst.
+chips: data-parallel, fully sharded, and in groups of chips, as pods are, that are fully
+sharded each. Of every program the compiler says what memory it needs; its operations
+and the messages that chips send each other are read from its text. A last table has
+what else may be done to the step that is compiled worst.
 
 Every program is stored as soon as it is compiled: after a kill the same command goes
 on from there. All of them take about an hour of one core. `--layers 8` has a deeper
@@ -15,6 +16,7 @@ import argparse
 import functools
 from importlib import metadata
 import json
+import math
 import os
 from pathlib import Path
 import re
@@ -42,9 +44,11 @@ from benchmarks.tpu_steps import AXIS
 from benchmarks.tpu_steps import CHANGE_THE_MODEL
 from benchmarks.tpu_steps import DATA_PARALLEL
 from benchmarks.tpu_steps import FULLY_SHARDED
+from benchmarks.tpu_steps import GROUPED
+from benchmarks.tpu_steps import GROUPS
 from benchmarks.tpu_steps import make_step
 from benchmarks.tpu_steps import METHODS
-from benchmarks.tpu_steps import ONLY_DATA_PARALLEL
+from benchmarks.tpu_steps import OWN_ASCENTS
 from benchmarks.tpu_steps import REMEDIES
 
 RESULTS = Path(__file__).parent / 'results'
@@ -74,9 +78,10 @@ def cells(names: tuple[str, ...]) -> list[Cell]:
   found = [
     Cell(topology, layout, method)
     for topology in names
-    for layout in (FULLY_SHARDED, DATA_PARALLEL)
+    for layout in (FULLY_SHARDED, DATA_PARALLEL, GROUPED)
     for method in METHODS
-    if layout == DATA_PARALLEL or method not in ONLY_DATA_PARALLEL
+    if (layout != FULLY_SHARDED or method not in OWN_ASCENTS)
+    and (layout != GROUPED or topology != 'v5e:2x2')
   ]
   remedies = [(DROP_IN, remedy) for remedy in (*REMEDIES, NOT_DONATED)]
   remedies += [('adam', remedy) for remedy in CHANGE_THE_MODEL]
@@ -93,10 +98,11 @@ def weigh(cell: Cell, sizes: Sizes) -> dict[str, Any]:
     ``flops`` of matrix products; ``bytes`` accessed, by XLA's count, in which bodies of
     loops are made to count as often as they run; the compiler's ``temporaries``,
     ``arguments`` and ``code`` in bytes; ``compile_s``; and ``messages``: for each kind
-    of collective how often and with how many bytes, and how many ``scalar`` ones.
+    of collective how often and with how many bytes, how many ``scalar`` ones, and of
+    all how many ``between groups``.
     Only ``needs_gb``, if the program does not fit into the memory of a chip.
   """
-  mesh = mesh_of(cell.topology)
+  mesh = mesh_of(cell.topology, cell.layout)
   step = make_step(
     cell.method,
     cell.layout,
@@ -125,26 +131,39 @@ def weigh(cell: Cell, sizes: Sizes) -> dict[str, Any]:
     'code': memory.generated_code_size_in_bytes,
     'compile_s': seconds,
     'compile_cpu_s': busy,
-    'messages': messages(hlo.collectives(program)),
+    'messages': messages(hlo.collectives(program), mesh),
   }
 
 
-def messages(collectives: list[hlo.Collective]) -> dict[str, dict[str, int]]:
+def messages(
+  collectives: list[hlo.Collective], mesh: jax.sharding.Mesh
+) -> dict[str, dict[str, int]]:
   """Messages of each kind, and scalar ones: how many a step, and of how many bytes."""
   found: dict[str, dict[str, int]] = {}
+  size = mesh.shape[AXIS]
   for message in collectives:
-    kind = 'scalar' if message.bytes < SMALL else message.kind
-    entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
-    entry['count'] += message.times
-    entry['bytes'] += message.bytes * message.times
+    kinds = ['scalar' if message.bytes < SMALL else message.kind]
+    if any(len({device // size for device in group}) > 1 for group in message.groups):
+      kinds.append('between groups')
+    for kind in kinds:
+      entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
+      entry['count'] += message.times
+      entry['bytes'] += message.bytes * message.times
   return found
 
 
 @functools.cache
-def mesh_of(topology: str) -> jax.sharding.Mesh:
-  """A mesh of the devices of a topology that need not be present."""
+def mesh_of(topology: str, layout: str) -> jax.sharding.Mesh:
+  """A mesh of the devices of a topology that need not be present.
+
+  Groups are as many as each has chips: 16 chips are four of four.
+  """
   described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
-  return jax.sharding.Mesh(np.array(described.devices), (AXIS,))
+  devices = np.array(described.devices)
+  if layout != GROUPED:
+    return jax.sharding.Mesh(devices, (AXIS,))
+  groups = math.isqrt(devices.size)
+  return jax.sharding.Mesh(devices.reshape(groups, groups), (GROUPS, AXIS))
 
 
 def main(argv: list[str] | None = None) -> None:

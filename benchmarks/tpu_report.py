@@ -12,6 +12,7 @@ from benchmarks.cost_steps import DROP_IN
 
 COST = ('step', 'TFLOP', 'GB accessed', 'temporaries MB', 'code MB', 'compile')
 SENT = ('step', 'gathered MB', 'summed MB', 'permuted MB', 'scalars')
+BETWEEN = 'between groups MB'
 NOTE = (
   'On each chip, in one step; (×) is the ratio to Adam with the same layout. TFLOP:'
   ' matrix products. GB accessed: XLA’s count. In both, bodies of loops count as often'
@@ -19,7 +20,9 @@ NOTE = (
   ' time, as a ratio only. Gathered (all-gather, all-to-all), summed (all-reduce,'
   ' reduce-scatter) and permuted (collective-permute: the parts of products that are'
   ' gathered or summed piece by piece): MB of the arrays gathered, summed or sent, and'
-  ' the number of messages. Scalars: messages of less than 4 kB.'
+  ' the number of messages. Scalars: messages of less than 4 kB. In groups: 16 chips'
+  ' are four groups of four, 256 are 16 of 16; the parameters are sharded over the'
+  ' chips of a group and the same in all, and each group may have its own ascent.'
 )
 _KINDS = (
   ('all-gather', 'all-to-all'),
@@ -37,9 +40,11 @@ def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
     plain = [p for p in here if not p['remedy']]
     title = f'{topology}, {layout}'
     yield title, [list(COST), *(_cost(p, adam) for p in plain)]
+    fit = [p for p in plain if 'messages' in p]
+    between = any('between groups' in p['messages'] for p in fit)
     yield (
       f'{title}: messages',
-      [list(SENT), *(_sent(p) for p in plain if 'messages' in p)],
+      [[*SENT, BETWEEN][: 6 if between else 5], *(_sent(p, between) for p in fit)],
     )
     if any(p['remedy'] for p in here):
       rows = [p for p in here if p['method'] in ('adam', DROP_IN)]
@@ -88,7 +93,7 @@ def _cost(program: Mapping[str, Any], adam: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _sent(program: Mapping[str, Any]) -> list[str]:
+def _sent(program: Mapping[str, Any], between: bool) -> list[str]:
   found = program['messages']
   row = [program['method']]
   for kinds in _KINDS:
@@ -96,7 +101,10 @@ def _sent(program: Mapping[str, Any]) -> list[str]:
     count = sum(entry['count'] for entry in entries)
     megabytes = sum(entry['bytes'] for entry in entries) / 1e6
     row.append(f'{megabytes:,.0f} in {count:,}' if count else '')
-  return [*row, str(found.get('scalar', {'count': 0})['count'])]
+  row.append(str(found.get('scalar', {'count': 0})['count']))
+  if between:
+    row.append(f'{found.get("between groups", {"bytes": 0})["bytes"] / 1e6:,.0f}')
+  return row
 
 
 def _caption(results: Mapping[str, Any]) -> str:

@@ -20,10 +20,13 @@ from benchmarks.tpu_model import Sizes
 import msam_optax
 
 AXIS = 'chips'
+GROUPS = 'groups'
 DATA_PARALLEL = 'data-parallel'
 FULLY_SHARDED = 'fully sharded'
+GROUPED = 'fully sharded in groups'
 ONCE = 'drop-in, compiled once'
 OWN = 'drop-in, own ascent (m-sharpness)'
+OWN_ONCE = 'drop-in, own ascent, compiled once'
 
 
 class Step(NamedTuple):
@@ -44,17 +47,21 @@ def adam(objective, mesh):
   return cost_steps.adam(objective)
 
 
-def own_ascent(objective, mesh):
-  """Each chip goes uphill on its own; only the gradient at the probe is averaged."""
-  take = msam_optax.value_and_grad(objective, rho=cost_steps.RHO, axis_name=AXIS)
+def own_ascent(objective, mesh, compile_once=False):
+  """Each chip, or group, goes uphill on its own; gradients at probes are averaged."""
+  axis = mesh.axis_names[0]
+  take = msam_optax.value_and_grad(
+    objective, rho=cost_steps.RHO, axis_name=axis, compile_once=compile_once
+  )
 
   def inner(params, batch):
-    params = jax.lax.pcast(params, AXIS, to='varying')
+    params = jax.lax.pcast(params, axis, to='varying')
     value, grads = take(params, batch)
-    return jax.lax.pmean(value, AXIS), grads
+    return jax.lax.pmean(value, axis), grads
 
-  specs = {'in_specs': (P(), P(AXIS)), 'out_specs': P()}
-  mapped = jax.shard_map(inner, mesh=mesh, **specs)
+  mapped = jax.shard_map(
+    inner, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(), axis_names={axis}
+  )
   return cost_steps.step(optax.adam(cost_steps.RATE), mapped)
 
 
@@ -65,9 +72,10 @@ METHODS: dict[str, Callable[..., cost_steps.Step]] = {
   cost_steps.DROP_IN: lambda f, mesh: cost_steps.drop_in(f),
   ONCE: lambda f, mesh: cost_steps.drop_in_compile_once(f),
   OWN: own_ascent,
+  OWN_ONCE: lambda f, mesh: own_ascent(f, mesh, compile_once=True),
 }
-# A probe of its own needs all parameters on each chip.
-ONLY_DATA_PARALLEL = (OWN,)
+# A probe of one's own needs all parameters on the chip, or in its group.
+OWN_ASCENTS = (OWN, OWN_ONCE)
 
 
 def _constrained(model, mesh):
@@ -126,8 +134,10 @@ def make_step(
 
   Args:
     method: a key of ``METHODS``.
-    layout: ``DATA_PARALLEL`` or ``FULLY_SHARDED``; the batch lies over the chips.
-    mesh: of one axis, ``AXIS``; of described, not present, devices.
+    layout: ``DATA_PARALLEL``, ``FULLY_SHARDED``, or ``GROUPED``: the parameters over
+      the chips of a group, the same in each. The batch lies over all chips.
+    mesh: of the axis ``AXIS``, for groups of ``GROUPS`` and ``AXIS``; of described, not
+      present, devices.
     sizes: of model and batch.
     remedy: a key of ``REMEDIES``, or nothing.
     donate: whether parameters and state may be overwritten.
@@ -139,10 +149,11 @@ def make_step(
   loss = REMEDIES[remedy](model, mesh) if remedy else make_loss(model)
   step = METHODS[method](loss, mesh)
   carry = (model.params, jax.eval_shape(step.tx.init, model.params))
-  spread = layout == FULLY_SHARDED
+  spread = layout != DATA_PARALLEL
   carry = jax.tree.map(lambda x: _place(x, _sharding(mesh, x, spread)), carry)
   tokens = (mesh.size * sizes.batch, sizes.length + 1)
-  batch = _place(jax.ShapeDtypeStruct(tokens, jnp.int32), NamedSharding(mesh, P(AXIS)))
+  lies = NamedSharding(mesh, P(mesh.axis_names))
+  batch = _place(jax.ShapeDtypeStruct(tokens, jnp.int32), lies)
   out = jax.tree.map(lambda x: x.sharding, carry), NamedSharding(mesh, P())
   run = jax.jit(step.run, donate_argnums=(0,) if donate else (), out_shardings=out)
   return Step(run, (carry, batch))
@@ -151,7 +162,7 @@ def make_step(
 def _sharding(mesh, x, spread=True):
   """Over the longest axis, if it is to be spread and can be."""
   spec = [None] * x.ndim
-  if spread and x.ndim and max(x.shape) % mesh.size == 0:
+  if spread and x.ndim and max(x.shape) % mesh.shape[AXIS] == 0:
     spec[int(np.argmax(x.shape))] = AXIS
   return NamedSharding(mesh, P(*spec))
 

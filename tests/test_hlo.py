@@ -66,8 +66,13 @@ def test_what_is_in_a_loop_counts_as_often_as_it_runs():
   assert hlo.matrix_flops(program, loops=False) == 2 * 4 * 8 * 8
 
 
+def sent(program):
+  """Kind, bytes and executions of every message."""
+  return [message[:3] for message in hlo.collectives(program)]
+
+
 def test_messages_and_their_bytes():
-  assert sorted(hlo.collectives(hlo.read(TEXT))) == [
+  assert sorted(sent(hlo.read(TEXT))) == [
     ('all-gather', 16 * 8 * 4, 1),
     ('all-reduce', 2 * 4, 1),
     ('all-reduce', 4 * 8 * 4, 8),
@@ -89,7 +94,7 @@ def test_a_chain_of_fusions_is_one_message_and_equal_channels_are_not():
   ]
   head = 'ENTRY %main (a: f32[4]) -> f32[4] {\n  %a = f32[4]{0} parameter(0)\n'
   program = hlo.read(head + '\n'.join(ops) + '\n}')
-  assert hlo.collectives(program) == 3 * [('all-gather', 64, 1)]
+  assert sent(program) == 3 * [('all-gather', 64, 1)]
 
 
 def test_gathers_that_are_started_together_count_all_that_they_gather():
@@ -100,7 +105,7 @@ ENTRY %main (a: f32[4], b: f32[8]) -> f32[16] {
   ROOT %g = ((f32[4], f32[8]), (f32[16], f32[32])) all-gather-start(%a, %b)
 }
 """
-  assert hlo.collectives(hlo.read(text)) == [('all-gather', (16 + 32) * 4, 1)]
+  assert sent(hlo.read(text)) == [('all-gather', (16 + 32) * 4, 1)]
 
 
 def test_both_branches_of_a_conditional_count():
@@ -180,3 +185,30 @@ def test_products_of_a_compiled_program_are_those_that_jax_has():
 
   compiled = jax.jit(f).lower(jnp.ones((16, 32)), jnp.ones((32, 32))).compile()
   assert hlo.matrix_flops(hlo.read(compiled.as_text())) == 5 * 2 * 16 * 32 * 32
+
+
+@pytest.mark.parametrize(
+  ('written', 'groups'),
+  [
+    ('replica_groups={{0,2},{1,3}}, to_apply=%add', ((0, 2), (1, 3))),
+    ('replica_groups=[2,2]<=[4], dimensions={0}', ((0, 1), (2, 3))),
+    ('replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}', ((0, 2), (1, 3))),
+    ("replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}", ((0, 1), (2, 3))),
+    (
+      "replica_groups=mesh['a'=2,'b'=2] {'a'}, use_global_device_ids=true",
+      ((0, 2), (1, 3)),
+    ),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
+    ('source_target_pairs={{0,1},{1,0}}', ((0, 1), (1, 0))),
+  ],
+)
+def test_groups_of_devices_in_every_notation(written, groups):
+  text = TEXT.replace('channel_id=3, to_apply=%add', f'channel_id=3, {written}')
+  found = {c.kind: c for c in hlo.collectives(hlo.read(text)) if c.groups}
+  assert found['all-reduce'].groups == groups
+
+
+def test_groups_in_a_notation_that_is_not_known_are_refused():
+  text = TEXT.replace('channel_id=3, ', 'channel_id=3, replica_groups=<new>, ')
+  with pytest.raises(ValueError, match='replica_groups=<new>'):
+    hlo.collectives(hlo.read(text))
