@@ -182,7 +182,7 @@ def check_axes(params: Any, param_specs: Any, axis_name: Any) -> None:
       )
 
 
-def check_sharded(grads: Any, param_specs: Any) -> None:
+def check_sharded(grads: Any, param_specs: Any, admitted: Any) -> None:
   """Raises if ``param_specs`` and the gradients differ in what is sharded.
 
   A leaf that every device has whole would be counted once a device, and of one whose
@@ -191,6 +191,7 @@ def check_sharded(grads: Any, param_specs: Any) -> None:
   Args:
     grads: the gradients.
     param_specs: how the parameters are said to be sharded, see :func:`leaf_axes`.
+    admitted: which leaves are in the norm, a tree of bools like ``grads``.
 
   Raises:
     ValueError: if a leaf is not sharded as it is said to be, or there is no such axis.
@@ -203,8 +204,9 @@ def check_sharded(grads: Any, param_specs: Any) -> None:
     if axis in varying_axes(axis_index(axis, 'param_specs'))
   ]
   advice = ' Give the specs that shard_map has as `in_specs` for the parameters.'
-  for (path, g), axes in zip(leaves, named, strict=True):
-    for axis in tracked:
+  moved = jax.tree.leaves(admitted)
+  for (path, g), axes, move in zip(leaves, named, moved, strict=True):
+    for axis in tracked if move else ():
       if axis in axes and axis not in varying_axes(g):
         raise ValueError(
           f'`param_specs` says that the leaf {at_path(path)} is sharded over {axis!r},'
@@ -213,8 +215,9 @@ def check_sharded(grads: Any, param_specs: Any) -> None:
       if axis not in axes and axis in varying_axes(g):
         raise ValueError(
           f'`param_specs` says that other leaves are sharded over {axis!r}, and the'
-          f' leaf {at_path(path)} is not, but its gradient differs along that axis.'
-          f'{advice}'
+          f' leaf {at_path(path)} is not, but by its type its gradient may differ along'
+          f' that axis.{advice} If it is averaged in a way that JAX cannot see, as by a'
+          ' gather, add a `jax.lax.pmean`.'
         )
 
 
@@ -239,13 +242,14 @@ def check_probe(probe: Any, params: Any, grads: Any) -> None:
   ):
     for axis in sorted(varying_axes(p) - varying_axes(w) - varying_axes(g)):
       raise ValueError(
-        f'The probe differs along the axis {axis!r} {at_path(path)}, and the parameter'
-        ' does not: the clean gradient is a sum over the devices there, and that at the'
-        ' probe would not be. If other leaves are sharded over the axis, say so with'
-        ' `param_specs`, so that their norm is summed over it. If a hyperparameter'
-        ' (`rho`, `alpha`) differs along it, cast the parameters before gradients are'
-        f' taken, `params = jax.lax.pcast(params, {axis!r}, to="varying")`, and name'
-        ' the axis in `axis_name`.'
+        f'The probe may differ along the axis {axis!r} {at_path(path)}, where neither'
+        ' the parameter nor its gradient does: the gradient at the probe would be that'
+        ' of one device, and the clean one is the sum or mean of all. If other leaves'
+        ' are sharded over the axis, say so with `param_specs`, so that their norm is'
+        ' summed over it. If gradients or a hyperparameter (`rho`, `alpha`) differ'
+        ' along it, cast the parameters that you give,'
+        f' `jax.lax.pcast(params, {axis!r}, to="varying")`, and name the axis in'
+        ' `axis_name`. If the leaf is not to be moved, leave it out with `mask`.'
       )
 
 

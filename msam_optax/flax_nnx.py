@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 
 from msam_optax.gradients import both_passes
+from msam_optax.gradients import without_state
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
 
@@ -48,7 +49,9 @@ def value_and_grad(
       :func:`sharpness_aware`.
     perturbation_dtype: floating dtype of the probe, by default that of the params.
     compile_once: whether to run both passes as two iterations of one loop, see
-      :func:`msam_optax.value_and_grad`; the auxiliary output then holds arrays only.
+      :func:`msam_optax.value_and_grad`. The auxiliary output then holds arrays only,
+      and the pass may change the values of variables, but not of those that are
+      trained (as ``nnx.SpectralNorm`` does), and nothing else about the model.
 
   Returns:
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
@@ -57,7 +60,8 @@ def value_and_grad(
   Raises:
     TypeError: if ``metric`` is no metric, or a parameter not real floating point.
     ValueError: if ``rho`` is a schedule, negative or not finite, if the metric has a
-      state, or the mask does not fit.
+      state, the mask does not fit, or, with ``compile_once``, the pass changes more
+      about the model than values.
 
   Examples:
     >>> from flax import nnx
@@ -78,29 +82,17 @@ def value_and_grad(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  take = both_passes(
-    _functional(loss_fn, argnums, has_aux),
-    metric,
-    rho,
-    argnums=0,
-    has_aux=True,
-    mask=mask,
-    axis_name=axis_name,
-    sync_ascent=sync_ascent,
-    param_specs=param_specs,
-    perturbation_dtype=perturbation_dtype,
-    compile_once=compile_once,
+  options = {
+    'mask': mask,
+    'axis_name': axis_name,
+    'sync_ascent': sync_ascent,
+    'param_specs': param_specs,
+    'perturbation_dtype': perturbation_dtype,
+  }
+  make = _in_one_loop if compile_once else _in_two_copies
+  return functools.wraps(loss_fn)(
+    make(loss_fn, metric, rho, argnums=argnums, has_aux=has_aux, **options)
   )
-
-  @functools.wraps(loss_fn)
-  def value_and_grad_at_probe(*args, **kwargs):
-    wrt = argnums.filter if isinstance(argnums, nnx.DiffState) else nnx.Param
-    params = nnx.state(args[_position(argnums, args)], wrt)
-    (value, (aux, changed)), grads = take(params, *nnx.split((args, kwargs)))
-    nnx.update((args, kwargs), changed)
-    return (value, aux) if has_aux else value, grads
-
-  return value_and_grad_at_probe
 
 
 def grad_fn(
@@ -119,8 +111,7 @@ def grad_fn(
   Args:
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
     *args: the model, and what else ``loss_fn`` takes.
-    argnums: the position of the model; of an ``nnx.DiffState(position, filter)``, too,
-      only that counts: gradients are of the parameters that the function is given.
+    argnums: the position of the model, or ``nnx.DiffState(position, filter)``.
     has_aux: whether ``loss_fn`` returns ``(scalar, aux)``.
     **kwargs: keyword arguments of ``loss_fn``.
 
@@ -161,8 +152,7 @@ def value_and_grad_fn(
   Args:
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
     *args: the model, and what else ``loss_fn`` takes.
-    argnums: the position of the model; of an ``nnx.DiffState(position, filter)``, too,
-      only that counts: gradients are of the parameters that the function is given.
+    argnums: the position of the model, or ``nnx.DiffState(position, filter)``.
     has_aux: whether ``loss_fn`` returns ``(scalar, aux)``; aux is dropped.
     **kwargs: keyword arguments of ``loss_fn``.
 
@@ -182,50 +172,116 @@ def value_and_grad_fn(
     >>> print(f"{optax.tree.get(optimizer.opt_state, 'rise')[...]:.4f}")  # 0.05·√2
     0.0707
   """
-  take = _functional(loss_fn, argnums, has_aux)
-  start = nnx.split(nnx.clone((args, kwargs)))
-  _position(argnums, args)
+  take = nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
+  position = _position(argnums, args)
+  start = nnx.clone((args, kwargs))
 
   def take_at(params):
-    (value, _), grads = take(params, *start)
-    return value, grads
+    new_args, new_kwargs = nnx.clone(start)
+    nnx.update(new_args[position], params)
+    value, grads = take(*new_args, **new_kwargs)
+    if nnx.to_flat_state(nnx.state(grads)).paths != nnx.to_flat_state(params).paths:
+      raise ValueError(
+        'The gradients that `loss_fn` has are of other variables than those that are'
+        ' trained. Where only some are trained, give the same'
+        ' `argnums=nnx.DiffState(position, filter)` here and to nnx.value_and_grad,'
+        ' and the same filter as `wrt` of nnx.Optimizer.'
+      )
+    grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+    return value[0] if has_aux else value, grads
 
   return take_at
 
 
-def _functional(loss_fn, argnums, has_aux):
-  """The loss and its gradient as a pure function of what ``nnx.split`` gives.
+def _in_two_copies(loss_fn, metric, rho, *, argnums, has_aux, **options):
+  at_probe = without_state(metric, rho, **options)
+  clean = nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
 
-  Returns:
-    ``(params, graph, state) -> ((value, (aux, changed)), grads)`` with the variables
-    that the loss function has changed.
-  """
+  def value_and_grad_at_probe(*args, **kwargs):
+    # Copies, made before the clean pass changes variables (statistics, counters).
+    take = grad_fn(loss_fn, *args, argnums=argnums, has_aux=has_aux, **kwargs)
+    params = jax.tree.map(lambda x: x, _trained(args, argnums))
+    value, grads = clean(*args, **kwargs)
+    return value, at_probe(grads, params, take)
 
+  return value_and_grad_at_probe
+
+
+def _in_one_loop(loss_fn, metric, rho, *, argnums, has_aux, **options):
   def pure(params, graph, state):
+    """The loss, and what the pass has changed, as functions of arrays."""
     # New variables: those of the caller may not be changed while this is traced.
     args, kwargs = nnx.merge(graph, jax.tree.map(lambda x: x, state))
     nnx.update(args[_position(argnums, args)], params)
-    before = _arrays((args, kwargs))
+    before = nnx.graphdef((args, kwargs)), _arrays((args, kwargs))
     output = loss_fn(*args, **kwargs)
     value, aux = output if has_aux else (output, None)
-    return value, (aux, _changed((args, kwargs), before))
+    trained = [
+      (0, _position(argnums, args) % len(args), *path)
+      for path, _ in nnx.to_flat_state(params)
+    ]
+    return value, (aux, _changed((args, kwargs), before, trained))
 
-  return jax.value_and_grad(pure, has_aux=True)
+  take = both_passes(
+    jax.value_and_grad(pure, has_aux=True),
+    metric,
+    rho,
+    argnums=0,
+    has_aux=True,
+    compile_once=True,
+    **options,
+  )
+
+  def value_and_grad_at_probe(*args, **kwargs):
+    params = _trained(args, argnums)
+    (value, (aux, changed)), grads = take(params, *nnx.split((args, kwargs)))
+    nnx.update((args, kwargs), changed)
+    return (value, aux) if has_aux else value, grads
+
+  return value_and_grad_at_probe
+
+
+def _trained(args, argnums):
+  """The state of the variables that gradients are taken of."""
+  wrt = argnums.filter if isinstance(argnums, nnx.DiffState) else nnx.Param
+  model = args[_position(argnums, args)]
+  # NNX has no state of what is an array itself.
+  params = {} if hasattr(model, 'shape') else nnx.state(model, wrt)
+  if not jax.tree.leaves(params):
+    raise ValueError(
+      f'The argument number {_position(argnums, args)} of `loss_fn`, a'
+      f' {type(model).__name__}, has no variables of the type {wrt!r}: give the'
+      ' position of the model as `argnums`, or nnx.DiffState(position, filter).'
+    )
+  return params
 
 
 def _arrays(node):
   """The arrays in each variable, by its path."""
-  return {path: jax.tree.leaves(x) for path, x in nnx.to_flat_state(nnx.state(node))}
+  return {
+    path: jax.tree.leaves(x)
+    for path, x in nnx.to_flat_state(nnx.state(node))
+    if isinstance(x, nnx.Variable)
+  }
 
 
-def _changed(node, before):
-  """The variables that hold other arrays than before, or were not there."""
-  ids = lambda arrays: [id(x) for x in arrays]
+def _changed(node, before, trained):
+  """The variables that hold other arrays than before, but for the trained ones."""
+  graph, arrays = before
+  if nnx.graphdef(node) != graph:
+    raise ValueError(
+      'With `compile_once=True` the loss function may change the values of variables,'
+      ' and nothing else about its arguments: no new variables (`sow`, `nnx.pop`), no'
+      ' other attributes (`model.eval()`, counters that are plain numbers). Do that'
+      ' outside of it, or leave `compile_once` out.'
+    )
+  ids = lambda leaves: [id(x) for x in leaves]
+  after = _arrays(node)
   return nnx.from_flat_state(
     [
       (path, x)
       for path, x in nnx.to_flat_state(nnx.state(node))
-      if ids(jax.tree.leaves(x)) != ids(before.get(path, []))
+      if path in after and path not in trained and ids(after[path]) != ids(arrays[path])
     ]
   )
 

@@ -95,10 +95,11 @@ def ascend_whole(
   try:
     return metric.ascend(grads, state, params, param_specs=param_specs)
   except TypeError as error:
-    error.add_note(
-      'With `param_specs` a metric must take `ascend(grads, state, params, *,'
-      ' param_specs)` and sum over the axes of the mesh that they name.'
-    )
+    if 'param_specs' in str(error):
+      error.add_note(
+        'With `param_specs` a metric must take `ascend(grads, state, params, *,'
+        ' param_specs)` and sum over the axes of the mesh that they name.'
+      )
     raise
 
 

@@ -137,15 +137,14 @@ def zeros_like(params: Any, summed_over: Any = ()) -> Any:
   names = summed_over if isinstance(summed_over, tuple) else (summed_over,)
 
   def zeros(w):
-    zero = jnp.zeros_like(w)
+    varying = varying_axes(w)
+    summed = not varying.isdisjoint(names)
+    zero = jnp.zeros(w.shape, w.dtype) if summed else jnp.zeros_like(w)
     lies = explicit_sharding(w)
     if lies is not None:
       # What a loop closes over, and is no tracer, would lose it.
       zero = jax.sharding.reshard(zero, lies)
-    varying = varying_axes(w)
-    if varying.isdisjoint(names):
-      return zero
-    return vary(jnp.zeros(w.shape, w.dtype), varying - set(names))
+    return vary(zero, varying - set(names)) if summed else zero
 
   return jax.tree.map(zeros, params)
 

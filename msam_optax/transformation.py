@@ -170,9 +170,9 @@ def sharpness_aware(
     _check_inputs(updates, params)
     check_axes(params, param_specs, axis_name)
     check_varying(updates, axis_name)
-    check_sharded(updates, param_specs)
     admitted = resolve_mask(mask, params)
     check_admits(admitted)
+    check_sharded(updates, param_specs, admitted)
     w = _cast(params, perturbation_dtype, admitted)
     g = _cast(updates, perturbation_dtype, admitted)
     ascent, metric_state = ascend(
@@ -240,7 +240,7 @@ def normalize_by(
     return metric.init(params)
 
   def update(updates, state, params=None):
-    check_sharded(updates, param_specs)
+    check_sharded(updates, param_specs, resolve_mask(None, updates))
     ascent, state = ascend_whole(metric, updates, state, params, param_specs)
     return ascent.direction, state
 

@@ -261,3 +261,12 @@ def test_nnx_model_not_where_it_should_be():
     flax_nnx.grad_fn(loss_fn, model, argnums=(0, 1))
   with pytest.raises(ValueError, match='must be a positional argument, number 0'):
     flax_nnx.value_and_grad(loss_fn)(model=model)
+
+
+@pytest.mark.standard_promotion
+def test_nnx_other_variables_than_those_trained():
+  model = nnx.LoRALinear(2, 3, lora_rank=1, rngs=nnx.Rngs(0))
+  loss_fn = lambda model: jnp.sum(model(jnp.ones((1, 2))))
+  grad_fn = flax_nnx.grad_fn(loss_fn, model)
+  with pytest.raises(ValueError, match=r'the same `argnums=nnx\.DiffState'):
+    grad_fn(nnx.state(model, nnx.LoRAParam))

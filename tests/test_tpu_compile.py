@@ -22,8 +22,10 @@ from benchmarks import tpu_compile
 from benchmarks.tpu_compile import Cell
 from benchmarks.tpu_steps import DATA_PARALLEL
 from benchmarks.tpu_steps import FULLY_SHARDED
+from benchmarks.tpu_steps import GROUPED
 from benchmarks.tpu_steps import ONCE
 from benchmarks.tpu_steps import OWN
+from benchmarks.tpu_steps import OWN_ONCE
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 
@@ -69,6 +71,13 @@ def test_data_parallel_gradients_are_summed_once_or_twice():
   assert synced == pytest.approx(2 * adam, rel=1e-3)
   messages = weigh('v5e:4x4', DATA_PARALLEL, OWN)['messages']
   assert set(messages) <= {'all-reduce', 'reduce-scatter', 'scalar'}
+
+
+def test_groups_that_go_uphill_alone_send_each_other_no_more_than_plain_training():
+  """Only the gradient at the probe crosses, each chip's part of it."""
+  adam, own = (weigh('v5e:4x4', GROUPED, method) for method in ('adam', OWN_ONCE))
+  assert 0 < sent(own, 'between groups') <= sent(adam, 'between groups')
+  assert own['flops'] == pytest.approx(2 * adam['flops'], rel=1e-3)
 
 
 def test_256_chips_need_no_more_memory_each_than_16():
