@@ -171,7 +171,6 @@ CHANGES = {
   'a new module': lambda m: setattr(m, 'more', nnx.Linear(1, 1, rngs=nnx.Rngs(0))),
   'another mode': lambda m: m.eval(),
   'a number': lambda m: setattr(m, 'calls', 1),
-  'a list': lambda m: setattr(m, 'notes', nnx.List([nnx.Intermediate(1.0)])),
 }
 
 
