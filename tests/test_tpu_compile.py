@@ -30,11 +30,13 @@ from benchmarks.tpu_steps import OWN_ONCE
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 
 SMALL = Sizes(layers=1, width=512, vocabulary=8192, length=512)
+# Messages are the same few whatever the size.
+TINY = Sizes(layers=1, width=256, vocabulary=4096, length=256)
 
 
 @functools.cache
-def weigh(topology, layout, method):
-  return tpu_compile.weigh(Cell(topology, layout, method), SMALL)
+def weigh(topology, layout, method, sizes=SMALL):
+  return tpu_compile.weigh(Cell(topology, layout, method), sizes)
 
 
 def sent(program, *kinds):
@@ -64,18 +66,18 @@ def test_fully_sharded_and_compiled_once_is_twice_a_plain_step():
 def test_data_parallel_gradients_are_summed_once_or_twice():
   """On its own each chip goes uphill without a word; together they sum twice."""
   adam, own, synced = (
-    sent(weigh('v5e:4x4', DATA_PARALLEL, m), 'all-reduce', 'reduce-scatter')
+    sent(weigh('v5e:4x4', DATA_PARALLEL, m, TINY), 'all-reduce', 'reduce-scatter')
     for m in ('adam', OWN, ONCE)
   )
   assert own == pytest.approx(adam, rel=1e-3)
   assert synced == pytest.approx(2 * adam, rel=1e-3)
-  messages = weigh('v5e:4x4', DATA_PARALLEL, OWN)['messages']
+  messages = weigh('v5e:4x4', DATA_PARALLEL, OWN, TINY)['messages']
   assert set(messages) <= {'all-reduce', 'reduce-scatter', 'scalar'}
 
 
 def test_groups_that_go_uphill_alone_send_each_other_no_more_than_plain_training():
   """Only the gradient at the probe crosses, each chip's part of it."""
-  adam, own = (weigh('v5e:4x4', GROUPED, method) for method in ('adam', OWN_ONCE))
+  adam, own = (weigh('v5e:4x4', GROUPED, m, TINY) for m in ('adam', OWN_ONCE))
   assert 0 < sent(own, 'between groups') <= sent(adam, 'between groups')
   assert own['flops'] == pytest.approx(2 * adam['flops'], rel=1e-3)
 
