@@ -17,7 +17,6 @@ from tests.test_parallel import drop_in
 from tests.test_parallel import every_method
 from tests.test_parallel import expected
 from tests.test_parallel import has_explicit_sharding
-from tests.test_parallel import LAYOUTS
 from tests.test_parallel import loss
 from tests.test_parallel import make_data
 from tests.test_parallel import make_params
@@ -65,12 +64,12 @@ def test_micro_batches_on_each_of_several_devices(check_vma, once, sync):
 @both_syncs
 @both_ways
 @passes
-@pytest.mark.parametrize('shards', [2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-  'layout',
-  [
-    pytest.param(layout, marks=() if layout == 'fully-sharded' else pytest.mark.slow)
-    for layout in LAYOUTS
+  ('layout', 'shards'),
+  [('fully-sharded', 2)]
+  + [
+    pytest.param(*pair, marks=pytest.mark.slow)
+    for pair in [('fully-sharded', 8), ('data-parallel', 2), ('tensor-parallel', 2)]
   ],
 )
 def test_micro_batches_where_shardings_are_types(layout, shards, once, vectorize, sync):

@@ -1,5 +1,7 @@
 """Several processes equal one device, and go on after all of them were killed."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -29,22 +31,24 @@ def trained(request, tmp_path_factory):
     return count, directory, dict(arrays)
 
 
-@pytest.mark.parametrize('setup', training.SETUPS)
-@pytest.mark.parametrize('method', training.TRANSFORMATIONS)
-def test_processes_equal_one_device(trained, method, setup):
-  """Through both doors: the params, and the slope that the state records."""
+def test_processes_equal_one_device(trained):
+  """Every method, set-up and door: the params, and the slope that the state records.
+
+  One test, since several workers would each train anew.
+  """
   _, _, arrays = trained
-  params, slope = train_by_hand(method, **BY_HAND[setup])
-  for door in training.DOORS:
-    name = f'{method}-{door}-{setup}'
-    for path, expected in jax.tree_util.tree_leaves_with_path(params):
-      key = jax.tree_util.keystr(path, simple=True, separator='/')
-      np.testing.assert_allclose(
-        arrays[f'{name}/0/{key}'], expected, rtol=1e-6, atol=1e-6, err_msg=name
-      )
-  np.testing.assert_allclose(
-    arrays[f'{method}-chain-{setup}/1/0/slope'], slope, rtol=1e-6
-  )
+  for method, setup in itertools.product(training.TRANSFORMATIONS, training.SETUPS):
+    params, slope = train_by_hand(method, **BY_HAND[setup])
+    for door in training.DOORS:
+      name = f'{method}-{door}-{setup}'
+      for path, expected in jax.tree_util.tree_leaves_with_path(params):
+        key = jax.tree_util.keystr(path, simple=True, separator='/')
+        np.testing.assert_allclose(
+          arrays[f'{name}/0/{key}'], expected, rtol=1e-6, atol=1e-6, err_msg=name
+        )
+    np.testing.assert_allclose(
+      arrays[f'{method}-chain-{setup}/1/0/slope'], slope, rtol=1e-6, err_msg=name
+    )
 
 
 def test_the_setups_can_be_told_apart():
@@ -59,6 +63,9 @@ def test_the_setups_can_be_told_apart():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  'trained', COUNTS[:1], indirect=True, ids='{} processes'.format
+)
 def test_killed_processes_resume_bit_for_bit(trained):
   """Params and optimizer states, sharded or not, of every method and set-up."""
   count, directory, uninterrupted = trained
