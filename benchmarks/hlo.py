@@ -178,14 +178,11 @@ def _groups(rest):
     return tuple(map(tuple, ids.reshape(numbers(found[1])).tolist()))
   named = r'replica_groups=mesh\[([^\]]+)\] *\{([^}:]*)\}(?!.*device_ids=\()'
   if found := re.search(named, rest):
-    axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
     over = re.findall(r"'(\w+)'", found[2])
-    ids = np.arange(math.prod(map(int, axes.values()))).reshape(
-      *map(int, axes.values())
-    )
-    last = [list(axes).index(name) for name in over]
-    ids = np.moveaxis(ids, last, range(-len(last), 0))
-    size = math.prod(int(axes[name]) for name in over)
+    ids = np.arange(math.prod(axes.values())).reshape(*axes.values())
+    ids = np.moveaxis(ids, [list(axes).index(x) for x in over], range(-len(over), 0))
+    size = math.prod(axes[name] for name in over)
     return tuple(map(tuple, ids.reshape(-1, size).tolist()))
   unknown = re.search(r'replica_groups=(?!\{\}).*', rest)
   if unknown:

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-from msam_optax.gradients import both_passes
+from msam_optax import gradients
 from msam_optax.gradients import without_state
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
@@ -222,14 +222,8 @@ def _in_one_loop(loss_fn, metric, rho, *, argnums, has_aux, **options):
     ]
     return value, (aux, _changed((args, kwargs), before, trained))
 
-  take = both_passes(
-    jax.value_and_grad(pure, has_aux=True),
-    metric,
-    rho,
-    argnums=0,
-    has_aux=True,
-    compile_once=True,
-    **options,
+  take = gradients.value_and_grad(
+    pure, metric, rho, has_aux=True, compile_once=True, **options
   )
 
   def value_and_grad_at_probe(*args, **kwargs):

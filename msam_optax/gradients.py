@@ -119,62 +119,6 @@ def value_and_grad(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  return functools.wraps(loss_fn)(
-    both_passes(
-      jax.value_and_grad(loss_fn, argnums, has_aux=has_aux),
-      metric,
-      rho,
-      argnums=argnums,
-      has_aux=has_aux,
-      mask=mask,
-      axis_name=axis_name,
-      shards=shards,
-      vectorize_shards=vectorize_shards,
-      sync_ascent=sync_ascent,
-      param_specs=param_specs,
-      perturbation_dtype=perturbation_dtype,
-      compile_once=compile_once,
-    )
-  )
-
-
-def both_passes(
-  plain: Callable[..., tuple[Any, Any]],
-  metric: Metric,
-  rho: float | jax.Array,
-  *,
-  argnums: int | Sequence[int],
-  has_aux: bool,
-  mask: Any = None,
-  axis_name: Any = None,
-  shards: int | None = None,
-  vectorize_shards: bool = False,
-  sync_ascent: bool = False,
-  param_specs: Any = None,
-  perturbation_dtype: Any = None,
-  compile_once: bool = False,
-) -> Callable[..., tuple[Any, Any]]:
-  """Sharpness-aware gradients of a function that takes plain ones.
-
-  Args:
-    plain: what ``jax.value_and_grad(loss_fn, argnums, has_aux=has_aux)`` makes, or the
-      like.
-    metric: see :func:`value_and_grad`, as what follows.
-    rho: ``ρ``, scalar >= 0, a number or an array.
-    argnums: which positional arguments are parameters.
-    has_aux: whether there is an auxiliary output.
-    mask: which leaves are moved.
-    axis_name: mapped axis over which gradients are averaged.
-    shards: number of micro-batches.
-    vectorize_shards: whether they are taken all at once.
-    sync_ascent: whether parts of the batch go uphill together.
-    param_specs: the parameters' ``PartitionSpec``s, if sharded inside ``shard_map``.
-    perturbation_dtype: dtype of the probe.
-    compile_once: whether both passes are iterations of one loop.
-
-  Returns:
-    A function with the arguments and the outputs of ``plain``.
-  """
   check_axis_name(axis_name)
   _check_parts(axis_name, shards, sync_ascent, vectorize_shards)
   at_probe = without_state(
@@ -193,6 +137,7 @@ def both_passes(
     vectorize=vectorize_shards,
   )
   average = lambda grads: mean_over_devices(grads, axis_name)
+  plain = jax.value_and_grad(loss_fn, argnums, has_aux=has_aux)
   both = functools.partial(
     _looped if compile_once else _straight,
     at_probe=at_probe,
@@ -204,6 +149,7 @@ def both_passes(
   else:
     take = in_parts(both(plain, average=lambda grads: grads, synced=()))
 
+  @functools.wraps(loss_fn)
   def value_and_grad_fn(*args, **kwargs):
     _check_argnums(argnums, args)
     check_axes(_select(args, argnums), param_specs, axis_name)
