@@ -3,6 +3,7 @@
 from importlib import metadata
 
 from msam_optax.gradients import value_and_grad
+from msam_optax.masks import by_name
 from msam_optax.methods import asam
 from msam_optax.methods import fisher_sam
 from msam_optax.methods import msam
@@ -31,6 +32,7 @@ __all__ = (
   'SharpnessAwareState',
   'adaptive',
   'asam',
+  'by_name',
   'diagonal_fisher',
   'euclidean',
   'fisher_sam',

@@ -1,13 +1,95 @@
 """Masks: which leaves, as a tree of bools or a function from params to one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+# Flax's collection of FP8 scaling factors: what stands in the place of their gradients
+# is the new values, by which they are overwritten.
+OVERWRITTEN = '_overwrite_with_gradient'
+
+# The names of biases and of the scales and shifts of normalisations, in Flax, Haiku,
+# Keras and Equinox. Stacked over layers these have two dimensions or more.
+_NOT_WEIGHTS = ('bias', 'b', 'scale', 'offset', 'beta', 'gamma')
+
+
+def by_name(*names: str) -> Callable[[Any], Any]:
+  """A mask of the leaves that have one of some names on their path.
+
+  It is a function from params to a tree of bools, for all arguments that take a mask::
+
+    msam(mask=by_name('head'))                                # the head alone is moved
+    adaptive(weights=by_name('kernel', 'embedding'))          # these are the weights
+
+  Args:
+    *names: keys of dicts or names of attributes, anywhere on the way to a leaf.
+
+  Returns:
+    A function from a pytree to one of Python bools with the same structure.
+
+  Raises:
+    ValueError: when it is called, if a name occurs nowhere in the pytree.
+
+  Examples:
+    >>> from msam_optax import by_name
+    >>> params = {'body': {'kernel': 1.0, 'bias': 1.0}, 'head': {'kernel': 1.0}}
+    >>> by_name('bias', 'head')(params)
+    {'body': {'bias': True, 'kernel': False}, 'head': {'kernel': True}}
+  """
+
+  def mask(params):
+    found = {name for path, _ in _leaves(params) for name in path_names(path)}
+    if missing := sorted(set(names) - found):
+      raise ValueError(
+        f'by_name{names}: nothing in the parameters is called {missing}. The names on'
+        f' their paths are {sorted(found)}.'
+      )
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: not set(names).isdisjoint(path_names(path)), params
+    )
+
+  return mask
+
+
+def weights_by_default(params: Any) -> Any:
+  """Which leaves are weights, and not biases or the scales of normalisations.
+
+  A weight is a floating-point leaf of two dimensions or more whose own name is not one
+  that biases and scales have: ``bias``, ``b``, ``scale``, ``offset``, ``beta``,
+  ``gamma``.
+
+  Args:
+    params: pytree of arrays.
+
+  Returns:
+    A pytree of Python bools with the structure of ``params``.
+  """
+
+  def is_weight(path, leaf):
+    name = path_names(path)[-1:]
+    floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return bool(floating and jnp.ndim(leaf) >= 2 and not set(name) & set(_NOT_WEIGHTS))
+
+  return jax.tree_util.tree_map_with_path(is_weight, params)
+
+
+def path_names(path: Any) -> tuple[str, ...]:
+  """The names on a path in a tree; a variable's ``value`` is none of them."""
+  keys = [getattr(key, 'key', getattr(key, 'name', None)) for key in path]
+  if keys and keys[-1] == 'value':
+    keys = keys[:-1]
+  return tuple(key for key in keys if isinstance(key, str))
 
 
 def resolve_mask(mask: Any, params: Any, *, name: str = 'mask') -> Any:
   """A mask in Optax's convention, as a full tree of Python bools.
+
+  A mask is taken for a function only if it has leaves and all of them are callable,
+  since a tree of bools may itself be callable, as every Equinox module is. So a
+  resolved mask must not be resolved again for other parameters.
 
   Args:
     mask: a tree of bools with the structure of ``params`` or a prefix of it, a
@@ -24,11 +106,11 @@ def resolve_mask(mask: Any, params: Any, *, name: str = 'mask') -> Any:
   """
   if mask is None:
     return jax.tree.map(lambda _: True, params)
-  tree = mask(params) if callable(mask) else mask
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+  tree = mask(params) if _is_function(mask) else mask
+  for path, leaf in _leaves(tree):
     if not isinstance(leaf, (bool, np.bool_)):
       raise TypeError(
-        f'`{name}` must hold one bool a leaf, True or False, got {leaf!r}'
+        f'`{name}` must hold one bool per leaf, True or False, got {leaf!r}'
         f' {at_path(path)}.'
       )
   try:
@@ -49,3 +131,12 @@ def resolve_mask(mask: Any, params: Any, *, name: str = 'mask') -> Any:
 def at_path(path: Any) -> str:
   """Where in a tree, for messages."""
   return f'at {jax.tree_util.keystr(path)}' if path else 'at the root'
+
+
+def _is_function(mask):
+  leaves = jax.tree.leaves(mask)
+  return callable(mask) and bool(leaves) and all(callable(leaf) for leaf in leaves)
+
+
+def _leaves(tree):
+  return jax.tree_util.tree_leaves_with_path(tree)

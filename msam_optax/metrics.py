@@ -12,7 +12,6 @@ they neither overflow nor underflow.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from msam_optax.hyperparameters import check_number
 from msam_optax.hyperparameters import Hyperparameter
 from msam_optax.hyperparameters import value_at
 from msam_optax.masks import resolve_mask
+from msam_optax.masks import weights_by_default
 from msam_optax.numerics import normalize
 from msam_optax.numerics import wide_dtype
 from msam_optax.numerics import widen
@@ -153,7 +153,7 @@ def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
   """
   check_number('eta', eta)
   if weights is None:
-    weights = functools.partial(jax.tree.map, _is_weight)
+    weights = weights_by_default
 
   def scale(grads, params):
     del grads
@@ -276,10 +276,6 @@ def monge(alpha: Hyperparameter = 1.0, base: Metric = euclidean()) -> Metric:
     return ascent, MongeState(optax.safe_increment(state.count), base_state)
 
   return Metric(init, ascend)
-
-
-def _is_weight(w):
-  return jnp.ndim(w) >= 2 and jnp.issubdtype(jnp.result_type(w), jnp.floating)
 
 
 def check_metric(name: str, metric: Any) -> None:
