@@ -6,16 +6,26 @@ import functools
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from msam_optax.checks import check_axes
 from msam_optax.checks import check_axis_name
+from msam_optax.hyperparameters import check_number
+from msam_optax.losses import check_trained
+from msam_optax.losses import differentiated
+from msam_optax.losses import divisor
+from msam_optax.losses import map_gradients
+from msam_optax.losses import overwritten
+from msam_optax.masks import OVERWRITTEN
 from msam_optax.masks import resolve_mask
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
+from msam_optax.numerics import widen
 from msam_optax.shards import mean_over_devices
 from msam_optax.shards import over_shards
+from msam_optax.shards import positions
 from msam_optax.shards import zeros_like
 from msam_optax.transformation import sharpness_aware
 
@@ -27,13 +37,17 @@ def value_and_grad(
   *,
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
+  has_weight: bool = False,
   mask: Any = None,
   axis_name: Any = None,
   shards: int | None = None,
+  data_argnums: int | Sequence[int] | None = None,
+  data_argnames: str | Sequence[str] = (),
   vectorize_shards: bool = False,
   sync_ascent: bool = False,
   param_specs: Any = None,
   perturbation_dtype: Any = None,
+  loss_scale: float | jax.Array | None = None,
   compile_once: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
   """Takes the place of ``jax.value_and_grad``: the gradient is sharpness-aware.
@@ -50,42 +64,65 @@ def value_and_grad(
   with ``m`` the number of parts. With ``sync_ascent`` all go uphill together, along
   the average of their gradients, which gives the same as the whole batch at once.
 
+  A mean over tokens or other examples that do not fill all parts alike needs
+  ``has_weight``: then ``loss_fn`` returns the sum over its examples and their number,
+  and every mean is one over examples, not over parts.
+
   Args:
-    loss_fn: function to differentiate; returns a scalar, or ``(scalar, aux)``. Both
-      passes call it with the same arguments, so also with the same random keys.
+    loss_fn: function to differentiate; returns a scalar, see ``has_aux`` and
+      ``has_weight``. Both passes call it with the same arguments, so also with the
+      same random keys.
     metric: what uphill means; one without state, e.g. ``monge(alpha=1.0)``.
     rho: ``ρ``, the radius, scalar >= 0, a number or an array. For a schedule, make
       the function inside the training step and give ``rho=schedule(step)``.
-    argnums: positional argument, or arguments, that hold the parameters.
-    has_aux: whether ``loss_fn`` returns ``(scalar, aux)``; with ``shards`` or
-      ``compile_once`` it holds arrays only.
+    argnums: positional argument, or arguments, that hold the parameters; negative
+      numbers count from the back. Leaves that JAX cannot differentiate, as integers
+      and functions, belong in another argument.
+    has_aux: whether ``loss_fn`` returns ``(loss, aux)``; with ``shards`` or
+      ``compile_once`` the latter holds arrays only.
+    has_weight: whether the loss is ``(total, weight)``, two scalars: the sum over
+      examples, and their number or summed weight, integer or real, which may not
+      depend on the parameters. The loss is ``total / weight``, of all parts together:
+      with ``axis_name`` the value is that of all devices. A part of weight zero adds
+      nothing. Value float32 or wider.
     mask: which leaves of the parameters are moved, see :func:`sharpness_aware`.
-      With several ``argnums`` it is for the tuple of these arguments. (Leaves that
-      JAX cannot differentiate, as integers, belong into another argument.)
+      With several ``argnums`` it is for the tuple of these arguments.
     axis_name: the mapped axis over which the gradient at the probe is averaged. The
-      value and the auxiliary output are those of each replica.
-    shards: number of micro-batches, >= 1, into which the first axis of every array
-      among the other arguments is cut; scalars, as typed random keys, go whole to
-      each. The value is the mean of theirs, the auxiliary output is stacked. The
-      ``loss_fn`` must take the mean over its batch. Parts are consecutive rows. Where
-      ``jit`` has the batch on several devices and parts come one after the other, begin
-      the loss with ``batch = jax.lax.with_sharding_constraint(batch, sharding)``, so
-      that each is laid over all: else every device may compute whole parts. With
-      explicit sharding that is done.
+      value (without ``has_weight``) and the auxiliary output are those of each
+      device. In the chain, ``loss = total / jax.lax.pmean(weight, axis_name)`` has the
+      same mean over examples.
+    shards: number of micro-batches, >= 1, into which the batch is cut, consecutive
+      rows each. Without ``has_weight`` the ``loss_fn`` must take the mean over its
+      batch, and the value is the mean of theirs; the auxiliary output is stacked,
+      ``[shards, ...]``. Where ``jit`` has the batch on several devices and parts come
+      one after the other, begin the loss with ``batch =
+      jax.lax.with_sharding_constraint(batch, sharding)``, so that each is laid over
+      all: else every device may compute whole parts. With explicit sharding that is
+      done.
+    data_argnums: positional argument, or arguments, that hold the batch: ``shards``
+      cuts every array with axes in them along its first axis, whose length is the same
+      in all and a multiple of ``shards``. All else goes whole to each micro-batch:
+      class weights, model state, random keys. By default the batch is the one argument
+      besides the parameters that holds arrays with axes.
+    data_argnames: keyword argument, or arguments, that hold the batch.
     vectorize_shards: whether to take all micro-batches at once (``vmap``; as fast as
       the whole batch, with a probe and a gradient in memory for each), and not one
       after the other (``scan``; the memory of one).
-    sync_ascent: whether to average the gradient for the ascent, too.
+    sync_ascent: whether to average the gradient for the ascent as well.
     param_specs: how the parameters are sharded inside ``shard_map``, see
       :func:`sharpness_aware`.
     perturbation_dtype: floating dtype in which ``loss_fn`` gets the probe, by
       default that of the parameters.
+    loss_scale: for half precision, scalar > 0: the loss is multiplied by it before it
+      is differentiated, and the gradient divided by it right after, in float32 or
+      wider. So value, gradient, ``rho`` and ``alpha`` are those of the loss as it is.
+      Where the scaled gradient overflows, in either pass, the result is not finite.
     compile_once: whether to run both passes as two iterations of one loop, so that
       the program holds one copy of the gradient: less to compile, less code, and no
       second copy for an automatic partitioner to shard worse. Meant for large models
       on accelerators; convolutions in a loop are many times slower on the CPU. The
-      clean pass, too, then gets the parameters in ``perturbation_dtype``, and a metric
-      of your own must have the direction zero where the gradient is.
+      clean pass also gets the parameters in ``perturbation_dtype`` then, and a metric
+      that you write must have the direction zero where the gradient is.
 
   Returns:
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
@@ -93,10 +130,11 @@ def value_and_grad(
     parameters.
 
   Raises:
-    TypeError: if ``metric`` is no metric, or a parameter not real floating point.
+    TypeError: if ``loss_fn`` is no function, or returns what the arguments do not say;
+      if ``metric`` is no metric, or a parameter not real floating point.
     ValueError: if ``rho`` is a schedule, negative or not finite, if the metric has a
-      state, the mask does not fit, ``sync_ascent`` has nothing to average over, or the
-      batch cannot be cut into ``shards``.
+      state, the mask does not fit, ``sync_ascent`` has nothing to average over, the
+      batch cannot be cut into ``shards``, or it is not clear which arguments hold it.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -110,17 +148,39 @@ def value_and_grad(
     Four examples, in two micro-batches, each with a probe of its own:
 
     >>> loss = lambda w, x: jnp.mean((x - w) ** 2)
-    >>> value, grads = value_and_grad(loss, euclidean(), rho=0.5, shards=2)(
-    ...     jnp.array(0.0), jnp.array([1.0, 1.0, 3.0, 3.0]))
+    >>> w, x = jnp.array(0.0), jnp.array([1.0, 1.0, 3.0, 3.0])
+    >>> value, grads = value_and_grad(loss, euclidean(), rho=0.5, shards=2)(w, x)
     >>> print(value, grads)
     5.0 -5.0
+
+    Of the examples one is padding, so the first micro-batch counts half as much:
+
+    >>> def loss(w, x, is_real):
+    ...   return jnp.sum((x - w) ** 2 * is_real), jnp.sum(is_real)
+    >>> take = value_and_grad(
+    ...     loss, euclidean(), rho=0.5, shards=2, data_argnums=(1, 2), has_weight=True)
+    >>> value, grads = take(w, x, jnp.array([1.0, 0.0, 1.0, 1.0]))
+    >>> print(f'{value:.4f} {grads:.4f}')
+    6.3333 -5.6667
+
+    Class weights, however many, go whole to each micro-batch:
+
+    >>> def loss(w, class_weights, x, label):
+    ...   return jnp.mean(class_weights[label] * (x - w) ** 2)
+    >>> take = value_and_grad(
+    ...     loss, euclidean(), rho=0.5, shards=2, data_argnums=(2, 3))
+    >>> value, grads = take(w, jnp.array([1.0, 2.0]), x, jnp.array([0, 0, 1, 1]))
+    >>> print(value, grads)
+    9.5 -8.5
 
   References:
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
+  _check_loss_fn(loss_fn)
   check_axis_name(axis_name)
   _check_parts(axis_name, shards, sync_ascent, vectorize_shards)
+  _check_data(shards, data_argnums, data_argnames)
   at_probe = without_state(
     metric,
     rho,
@@ -128,36 +188,44 @@ def value_and_grad(
     param_specs=param_specs,
     perturbation_dtype=perturbation_dtype,
   )
+  _check_scale(loss_scale, perturbation_dtype)
 
   in_parts = functools.partial(
     over_shards,
     shards=None if shards is None else int(shards),
     argnums=argnums,
-    has_aux=has_aux,
+    data_argnums=data_argnums,
+    data_argnames=data_argnames,
     vectorize=vectorize_shards,
   )
-  average = lambda grads: mean_over_devices(grads, axis_name)
-  plain = jax.value_and_grad(loss_fn, argnums, has_aux=has_aux)
+  average = functools.partial(mean_over_devices, axis_name=axis_name)
+  plain = differentiated(
+    loss_fn, argnums, has_aux=has_aux, has_weight=has_weight, loss_scale=loss_scale
+  )
   both = functools.partial(
     _looped if compile_once else _straight,
     at_probe=at_probe,
     argnums=argnums,
-    cast=lambda tree: _cast(tree, perturbation_dtype, mask),
+    cast=functools.partial(_cast, dtype=perturbation_dtype, mask=mask),
+    wide=has_weight or loss_scale is not None,
   )
   if sync_ascent:
     take = both(in_parts(plain), average=average, synced=axis_name)
   else:
-    take = in_parts(both(plain, average=lambda grads: grads, synced=()))
+    take = in_parts(both(plain, average=lambda grads, weight: grads, synced=()))
 
   @functools.wraps(loss_fn)
   def value_and_grad_fn(*args, **kwargs):
-    _check_argnums(argnums, args)
-    check_axes(_select(args, argnums), param_specs, axis_name)
+    positions('argnums', argnums, args, kwargs)
+    params = _select(args, argnums)
+    check_trained(params)
+    check_axes(params, param_specs, axis_name)
+    _check_overwritten(params, shards, axis_name)
     output, grads = take(*args, **kwargs)
-    grads = grads if sync_ascent else average(grads)
-    return output, jax.tree.map(
-      lambda g, w: g.astype(jnp.result_type(w)), grads, _select(args, argnums)
-    )
+    grads = grads if sync_ascent else average(grads, output.weight)
+    value, grads = _whole(output, grads, axis_name)
+    grads = jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
+    return (value, output.aux) if has_aux else value, grads
 
   return value_and_grad_fn
 
@@ -200,20 +268,21 @@ def without_state(
   return at_probe
 
 
-def _straight(take, *, at_probe, argnums, cast, average, synced):
+def _straight(take, *, at_probe, argnums, cast, wide, average, synced):
   """The clean pass, and the pass at the probe."""
-  del synced
+  del wide, synced
 
   def both(*args, **kwargs):
+    params = _select(args, argnums)
     output, grads = take(*args, **kwargs)
-    g = cast(average(grads))
+    g = cast(average(grads, output.weight), params)
     grad_fn = lambda probe: take(*_replace(args, argnums, probe), **kwargs)[1]
-    return output, average(at_probe(g, _select(args, argnums), grad_fn))
+    return output, average(at_probe(g, params, grad_fn), output.weight)
 
   return both
 
 
-def _looped(take, *, at_probe, argnums, cast, average, synced):
+def _looped(take, *, at_probe, argnums, cast, wide, average, synced):
   """Both passes as the iterations of ``g ← ∇ℓ(w + δ(g))``, from ``g = 0``.
 
   A gradient of zero is no perturbation, so the first iteration is the clean pass.
@@ -227,16 +296,46 @@ def _looped(take, *, at_probe, argnums, cast, average, synced):
 
       def grad_fn(probe):
         output, grads = take(*_replace(args, argnums, probe), **kwargs)
-        outputs.append(output)
+        outputs.append((output, overwritten(grads)))
         return jax.tree.map(lambda x, g: x.astype(g.dtype), grads, g)
 
-      return average(at_probe(g, params, grad_fn)), outputs[0]
+      grads = at_probe(g, params, grad_fn)
+      return average(grads, outputs[0][0].weight), outputs[0]
 
-    start = cast(zeros_like(params, synced))
+    start = zeros_like(params, synced)
+    start = cast(map_gradients(widen, start) if wide else start, params)
     grads, outputs = jax.lax.scan(one_pass, start, length=2)
-    return jax.tree.map(lambda x: x[0], outputs), grads
+    output, new_values = jax.tree.map(lambda x: x[0], outputs)
+    grads = jax.tree.map(
+      lambda new, g: g if new is None else new,
+      new_values,
+      grads,
+      is_leaf=lambda x: x is None,
+    )
+    return output, grads
 
   return both
+
+
+def _whole(output, grads, axis_name):
+  """The loss and its gradient, of all parts together where they have weights."""
+  if output.weight is None:
+    return output.value, grads
+  total, weight = output.value, output.weight
+  if axis_name is not None:
+    total, weight = jax.lax.psum((total, weight), axis_name)
+  # One, but 0/0 if all parts are empty, as a plain loss would have it.
+  ratio = divisor(weight) / weight
+  return total / weight, map_gradients(lambda g: g * ratio.astype(g.dtype), grads)
+
+
+def _check_loss_fn(loss_fn):
+  if not callable(loss_fn):
+    raise TypeError(
+      f'`loss_fn` must be a function that returns the loss, got {loss_fn!r}: the'
+      ' parameters go to the function that `value_and_grad(loss_fn, metric, rho)`'
+      ' returns.'
+    )
 
 
 def _check_parts(axis_name, shards, sync_ascent, vectorize):
@@ -253,22 +352,45 @@ def _check_parts(axis_name, shards, sync_ascent, vectorize):
     )
 
 
-def _check_argnums(argnums, args):
-  for i in argnums if isinstance(argnums, Sequence) else (argnums,):
-    if not -len(args) <= i < len(args):
-      raise ValueError(
-        f'`argnums` is {argnums}, but there are {len(args)} positional arguments: give'
-        ' the parameters by position.'
-      )
+def _check_data(shards, argnums, names):
+  if shards is None and (argnums is not None or names):
+    raise ValueError(
+      '`data_argnums` and `data_argnames` name the arguments that `shards` cuts: give'
+      ' `shards`, the number of micro-batches; with `shards=1` the batch stays whole.'
+    )
 
 
-def _cast(tree, dtype, mask):
+def _check_scale(loss_scale, perturbation_dtype):
+  if loss_scale is None:
+    return
+  check_number('loss_scale', loss_scale)
+  if not isinstance(loss_scale, jax.core.Tracer) and not loss_scale > 0:
+    raise ValueError(f'`loss_scale` must be > 0, got {loss_scale!r}.')
+  if perturbation_dtype is not None and jnp.finfo(perturbation_dtype).nexp < 8:
+    raise ValueError(
+      f'With `loss_scale` the gradient is divided by it in float32, and in the'
+      f' `perturbation_dtype` {jnp.dtype(perturbation_dtype)} it would underflow: leave'
+      ' that out, and let the model cast.'
+    )
+
+
+def _check_overwritten(params, shards, axis_name):
+  parts = 'axis_name' if shards is None else 'shards'
+  if (shards, axis_name) != (None, None) and jax.tree.leaves(overwritten(params)):
+    raise ValueError(
+      f'The parameters hold the collection {OVERWRITTEN!r}, whose "gradients" are new'
+      f' values and cannot be averaged over the parts of a batch that `{parts}` makes.'
+      ' Take gradients of the whole batch, under jit with sharded arrays if it is on'
+      ' several devices.'
+    )
+
+
+def _cast(grads, params, *, dtype, mask):
   """Gradients in a dtype, but for leaves that are not moved."""
   if dtype is None:
-    return tree
-  return jax.tree.map(
-    lambda moved, x: x.astype(dtype) if moved else x, resolve_mask(mask, tree), tree
-  )
+    return grads
+  cast = lambda g, moved: g.astype(dtype) if moved else g
+  return map_gradients(cast, grads, resolve_mask(mask, params))
 
 
 def _select(args, argnums):

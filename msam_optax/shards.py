@@ -1,6 +1,7 @@
 """Means of gradients over parts of a batch: micro-batches here, and other devices."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 from typing import Any
@@ -12,68 +13,125 @@ from jax.sharding import PartitionSpec
 
 from msam_optax.checks import check_varying
 from msam_optax.checks import varying_axes
+from msam_optax.losses import divisor
+from msam_optax.losses import Output
+from msam_optax.losses import Pass
 from msam_optax.masks import at_path
 from msam_optax.numerics import widen
 
-ValueAndGrad = Callable[..., tuple[Any, Any]]
 
+def mean_over_devices(grads: Any, weight: Any, axis_name: Any) -> Any:
+  """The mean of gradients over a mapped axis, if there is one.
 
-def mean_over_devices(grads: Any, axis_name: Any) -> Any:
-  """The mean of gradients over a mapped axis, if there is one."""
+  Args:
+    grads: pytree, on each device the gradient of the mean over its part.
+    weight: scalar, what the part weighs; None if all parts weigh the same.
+    axis_name: the mapped axis or axes, or None.
+
+  Returns:
+    A pytree like ``grads``.
+  """
   if axis_name is None:
     return grads
   check_varying(grads, axis_name)
-  return jax.lax.pmean(grads, axis_name)
+  if weight is None:
+    return jax.lax.pmean(grads, axis_name)
+  sums = jax.lax.psum(_times(divisor(weight), grads), axis_name)
+  return _over(sums, divisor(jax.lax.psum(weight, axis_name)))
 
 
 def over_shards(
-  value_and_grad_fn: ValueAndGrad,
+  one_pass: Pass,
   *,
   shards: int | None,
   argnums: int | Sequence[int],
-  has_aux: bool,
+  data_argnums: int | Sequence[int] | None,
+  data_argnames: str | Sequence[str],
   vectorize: bool,
-) -> ValueAndGrad:
-  """The same function, with its values and gradients averaged over micro-batches.
+) -> Pass:
+  """The same pass, with its values and gradients averaged over micro-batches.
 
   Args:
-    value_and_grad_fn: ``(*args, **kwargs) -> (value, grads)``, or
-      ``((value, aux), grads)``.
+    one_pass: ``(*args, **kwargs) -> (Output, grads)``.
     shards: how many micro-batches; None leaves the function as it is.
     argnums: which positional arguments are parameters, and are not split.
-    has_aux: whether there is an ``aux``; it gets a leading axis ``[shards, ...]``.
+    data_argnums: which are split; by default the one that there is.
+    data_argnames: which keyword arguments are.
     vectorize: whether to take all micro-batches at once (``vmap``), not one after the
       other (``scan``).
 
   Returns:
-    A function with the same arguments; its gradients are float32 or wider.
+    A function with the same arguments; its gradients are float32 or wider, total and
+    weight are sums, and an ``aux`` gets a leading axis ``[shards, ...]``.
   """
   if shards is None:
-    return value_and_grad_fn
-  positions = argnums if isinstance(argnums, Sequence) else (argnums,)
+    return one_pass
 
   def averaged(*args, **kwargs):
-    params_at = {i % len(args) for i in positions}
-    data = {i: x for i, x in enumerate(args) if i not in params_at}
-    parts, join = split((data, kwargs), shards)
+    params_at = positions('argnums', argnums, args, kwargs)
+    at, named = _data(args, kwargs, params_at, data_argnums, data_argnames)
+    data = {i: args[i] for i in at}, {name: kwargs[name] for name in named}
+    parts, join = split(data, shards)
 
     def one(part):
-      data, kwargs = join(part)
-      whole = [x if i in params_at else data[i] for i, x in enumerate(args)]
-      return value_and_grad_fn(*whole, **kwargs)
+      data, named = join(part)
+      whole = [data.get(i, x) for i, x in enumerate(args)]
+      output, grads = one_pass(*whole, **{**kwargs, **named})
+      if output.weight is None:
+        return output, grads
+      return output, _times(divisor(output.weight), grads)
 
     if vectorize:
       outputs, grads = jax.vmap(one)(parts)
-      grads = jax.tree.map(lambda g: jnp.mean(widen(g), axis=0), grads)
+      sums = jax.tree.map(lambda g: jnp.sum(widen(g), axis=0), grads)
     else:
-      params = [args[i] for i in positions]
+      params = [args[i] for i in params_at]
       like = tuple(params) if isinstance(argnums, Sequence) else params[0]
-      outputs, grads = _accumulate(one, parts, shards, like)
-    if has_aux:
-      return (jnp.mean(outputs[0]), outputs[1]), grads
-    return jnp.mean(outputs), grads
+      outputs, sums = _accumulate(one, parts, like)
+    if outputs.weight is None:
+      value, weight = jnp.mean(outputs.value), None
+    else:
+      value, weight = jnp.sum(outputs.value), jnp.sum(outputs.weight)
+    grads = _over(sums, shards if weight is None else divisor(weight))
+    return Output(value, weight, outputs.aux), grads
 
   return averaged
+
+
+def positions(
+  name: str, argnums: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[int]:
+  """Positions, counted from the front, of arguments in a call.
+
+  Args:
+    name: the argument that gives them, for the message.
+    argnums: a position, or a sequence of them; negative ones count from the back.
+    args: the positional arguments of the call.
+    kwargs: its keyword arguments.
+
+  Returns:
+    The positions in the given order.
+
+  Raises:
+    ValueError: if there is no such argument, or one is named twice.
+  """
+  given = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
+  for i in given:
+    if not -len(args) <= i < len(args):
+      by_name = f' and {sorted(kwargs)} by keyword' if kwargs else ''
+      advice = (
+        'give the parameters by position'
+        if name == 'argnums'
+        else 'name in `data_argnames` what is given by keyword'
+      )
+      raise ValueError(
+        f'`{name}` is {argnums}, but there are {len(args)} positional'
+        f' arguments{by_name}: {advice}.'
+      )
+  found = [i % len(args) for i in given]
+  if len(set(found)) < len(found):
+    raise ValueError(f'`{name}` is {argnums}: it names an argument twice.')
+  return found
 
 
 def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]]:
@@ -93,21 +151,23 @@ def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]
     ValueError: if there is nothing to split, or a length does not fit.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-  rows = [i for i, (_, x) in enumerate(leaves) if getattr(x, 'ndim', 0) > 0]
-  advice = (
-    ' `shards` splits every array after the parameters along its first axis. What is no'
-    ' data, as class weights or a raw random key, belongs into the loss function'
-    ' (`functools.partial`, a closure) or into a typed key, `jax.random.key`.'
-  )
+  rows = [i for i, (_, x) in enumerate(leaves) if _has_axes(x)]
   if not rows:
-    raise ValueError('No argument after the parameters is an array.' + advice)
+    raise ValueError(
+      '`shards` cuts the batch, but no argument that may hold it has an array with'
+      ' axes.'
+    )
   length = leaves[rows[0]][1].shape[0]
   for path, x in (leaves[i] for i in rows):
     if x.shape[0] != length or length % shards:
       where = at_path(path[1:])  # What comes before is positional, or keyword.
       raise ValueError(
         f'The data {where} has shape {x.shape}: its first axis cannot be split with'
-        f' the others, of length {length}, into {shards} equal shards.' + advice
+        f' the others, of length {length}, into {shards} equal shards. `shards` cuts'
+        ' every array in the arguments that hold the batch. What is no data, as class'
+        ' weights, model state or a raw random key (typed ones, `jax.random.key`, are'
+        ' scalars), belongs in another argument: name those of the batch in'
+        ' `data_argnums` and `data_argnames`.'
       )
   parts = [leaves[i][1] for i in rows]
   parts = [_cut(x, shards) for x in parts]
@@ -184,8 +244,67 @@ def _cut(x, shards):
   return jax.lax.reshape(x, shape, out_sharding=lies)
 
 
-def _accumulate(one, parts, shards, params):
-  """Outputs, stacked, and the mean gradient of ``one`` over parts, one by one."""
+def _data(args, kwargs, params_at, argnums, argnames):
+  """Positions and names of the arguments that hold the batch."""
+  names = (argnames,) if isinstance(argnames, str) else tuple(argnames)
+  if argnums is None and not names:
+    return _only_data(args, kwargs, params_at)
+  at = [] if argnums is None else positions('data_argnums', argnums, args, kwargs)
+  if shared := sorted(set(at) & set(params_at)):
+    raise ValueError(
+      f'The argument number {shared[0]} holds parameters by `argnums`, and the batch by'
+      ' `data_argnums`: it can hold one of them.'
+    )
+  if missing := [name for name in names if name not in kwargs]:
+    raise ValueError(
+      f'`data_argnames` names {missing[0]!r}, but the keyword arguments of this call'
+      f' are {sorted(kwargs)}: give in `data_argnums` the position of what is'
+      ' positional.'
+    )
+  return at, names
+
+
+def _only_data(args, kwargs, params_at):
+  """The one argument besides the parameters that holds arrays with axes."""
+  holds = lambda x: [leaf for leaf in jax.tree.leaves(x) if _has_axes(leaf)]
+  at = [i for i, x in enumerate(args) if i not in params_at and holds(x)]
+  names = [name for name, x in kwargs.items() if holds(x)]
+  if len(at) + len(names) > 1:
+    found = [f'number {i} ({_shapes(holds(args[i]))})' for i in at]
+    found += [f'{name!r} ({_shapes(holds(kwargs[name]))})' for name in names]
+    example = f'data_argnums={tuple(at)}' if at else ''
+    example += ', ' if at and names else ''
+    example += f'data_argnames={tuple(names)}' if names else ''
+    raise ValueError(
+      f'Several arguments hold arrays with axes: {", ".join(found)}. Name those that'
+      f' hold the batch, which `shards` cuts along its first axis: `{example}` if all'
+      ' of them do. The others, as class weights, model state or a raw random key, go'
+      ' whole to each micro-batch.'
+    )
+  return at, names
+
+
+def _has_axes(x):
+  return getattr(x, 'ndim', 0) > 0
+
+
+def _shapes(leaves):
+  shapes = [f'{x.dtype}{list(x.shape)}' for x in leaves]
+  return ', '.join(shapes[:3]) + (', …' if len(shapes) > 3 else '')
+
+
+def _times(factor, grads):
+  return jax.tree.map(lambda g: factor.astype(g.dtype) * g, grads)
+
+
+def _over(sums, count):
+  if isinstance(count, int):
+    return jax.tree.map(lambda s: s / count, sums)
+  return jax.tree.map(lambda s: s / count.astype(s.dtype), sums)
+
+
+def _accumulate(one, parts, params):
+  """Outputs, stacked, and the sum of the gradients of ``one`` over parts, in turn."""
 
   def add(sums, part):
     output, grads = one(part)
@@ -193,4 +312,4 @@ def _accumulate(one, parts, shards, params):
 
   zero = jax.tree.map(widen, zeros_like(params))
   sums, outputs = jax.lax.scan(add, zero, parts)
-  return outputs, jax.tree.map(lambda s: s / shards, sums)
+  return outputs, sums

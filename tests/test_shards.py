@@ -141,7 +141,13 @@ def test_keyword_arguments_are_split_and_scalars_are_not(vectorize):
   x, y = make_data()
   key, scale = jax.random.key(0), jnp.float32(0.5)
   take = msam_optax.value_and_grad(
-    noisy, msam_optax.monge(), 0.3, shards=4, vectorize_shards=vectorize
+    noisy,
+    msam_optax.monge(),
+    0.3,
+    shards=4,
+    data_argnums=1,
+    data_argnames='y',
+    vectorize_shards=vectorize,
   )
   got = take(make_params(), x, scale, y=y, key=key)
   noise = jnp.tile(jax.random.normal(key, (8, 3)), (4, 1))
@@ -318,20 +324,22 @@ def test_training_with_a_schedule_inside_the_step():
 )
 def test_a_batch_that_cannot_be_cut_is_refused(arguments, match):
   take = msam_optax.value_and_grad(loss, shards=4)
-  with pytest.raises(ValueError, match=match + r'.*equal shards\. `shards` splits'):
+  with pytest.raises(ValueError, match=match + r'.*into 4 equal shards'):
     take(make_params(), arguments)
 
 
-def test_a_raw_random_key_is_refused():
-  take = msam_optax.value_and_grad(lambda p, data, key: loss(p, data), shards=4)
-  with pytest.raises(ValueError, match=r'at \[2\] has shape \(2,\).*raw random key'):
-    take(make_params(), make_data(), jax.random.PRNGKey(0))
+def test_a_raw_random_key_in_the_batch_is_refused():
+  take = msam_optax.value_and_grad(lambda p, batch: loss(p, batch[:2]), shards=4)
+  with pytest.raises(
+    ValueError, match=r'at \[1\]\[2\] has shape \(2,\).*raw random key'
+  ):
+    take(make_params(), (*make_data(), jax.random.PRNGKey(0)))
 
 
 def test_no_data_is_refused():
-  take = msam_optax.value_and_grad(lambda w: jnp.sum(w), shards=2)
-  with pytest.raises(ValueError, match='No argument after the parameters is an array'):
-    take(jnp.ones(3))
+  take = msam_optax.value_and_grad(lambda w, c: c * jnp.sum(w), shards=2)
+  with pytest.raises(ValueError, match='no argument that may hold it has an array'):
+    take(jnp.ones(3), 2.0)
 
 
 def test_parameters_that_are_not_positional_are_named():

@@ -1,0 +1,224 @@
+"""The user's loss: called, differentiated, and what it returns checked."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msam_optax.checks import varying_axes
+from msam_optax.masks import at_path
+from msam_optax.masks import OVERWRITTEN
+from msam_optax.masks import path_names
+from msam_optax.numerics import widen
+
+
+class Output(NamedTuple):
+  """What a pass returns beside gradients.
+
+  Attributes:
+    value: scalar, the loss; its total, float32 or wider, where it has a weight.
+    weight: scalar, float32 or wider, what the total is to be divided by; None if the
+      loss has none, so that all parts of a batch count the same.
+    aux: the auxiliary output, or None.
+  """
+
+  value: Any
+  weight: jax.Array | None
+  aux: Any
+
+
+Pass = Callable[..., tuple[Output, Any]]
+
+
+def differentiated(
+  loss_fn: Callable[..., Any],
+  argnums: int | Sequence[int],
+  *,
+  has_aux: bool,
+  has_weight: bool,
+  loss_scale: float | jax.Array | None,
+) -> Pass:
+  """One pass: a loss and its gradient.
+
+  What is differentiated is ``loss_scale · total / weight``, and the gradient is divided
+  by ``loss_scale``. Where the weight is zero nothing is divided by it.
+
+  Args:
+    loss_fn: returns a scalar, or ``(total, weight)``; of that and ``aux`` a pair.
+    argnums: the position of the parameters, or positions.
+    has_aux: whether there is an ``aux``.
+    has_weight: whether there is a weight.
+    loss_scale: scalar > 0, or None.
+
+  Returns:
+    ``(*args, **kwargs) -> (Output, grads)``. With a weight or a scale the gradients are
+    float32 or wider, otherwise in the dtypes of the parameters.
+  """
+
+  def scaled(*args, **kwargs):
+    loss, weight, aux = _parts(loss_fn(*args, **kwargs), has_aux, has_weight)
+    factor = _factor(loss, weight, loss_scale)
+    value = loss if weight is None else widen(loss, like=(loss, weight))
+    return loss if factor is None else loss * factor, (
+      Output(value, weight, aux),
+      factor,
+    )
+
+  take = jax.value_and_grad(scaled, argnums, has_aux=True)
+
+  def one_pass(*args, **kwargs):
+    (_, (output, factor)), grads = take(*args, **kwargs)
+    if factor is None:
+      return output, grads
+    check_weight_is_summed(output.weight, grads)
+    # By the factor as it was rounded to the dtype of the loss.
+    scale = widen(factor, like=(factor, output.weight)) * divisor(output.weight)
+    return output, map_gradients(lambda g: _divide(widen(g), scale), grads)
+
+  return one_pass
+
+
+def divisor(weight: jax.Array | None) -> Any:
+  """A weight, or one where it is zero: what is empty adds nothing, and not 0/0."""
+  return 1.0 if weight is None else jnp.where(weight == 0, 1.0, weight)
+
+
+def map_gradients(f: Callable[..., Any], grads: Any, *others: Any) -> Any:
+  """``f`` of each gradient, not of the new values that stand in the place of some."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, g, *xs: g if OVERWRITTEN in path_names(path) else f(g, *xs),
+    grads,
+    *others,
+  )
+
+
+def overwritten(tree: Any) -> Any:
+  """The tree with None for each leaf but those of Flax's overwritten collection."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x if OVERWRITTEN in path_names(path) else None, tree
+  )
+
+
+def check_trained(params: Any) -> None:
+  """Raises unless gradients can be taken of all parameters.
+
+  Args:
+    params: the arguments that the user says are parameters.
+
+  Raises:
+    TypeError: if a leaf is no array, or not floating point; names its path.
+  """
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    try:
+      dtype = jnp.dtype(jax.typeof(leaf).dtype)
+      what = f'has dtype {dtype}'
+    except TypeError:
+      dtype = None
+      what = f'is no array of numbers but a {type(leaf).__name__}'
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+      raise TypeError(
+        f'The leaf {at_path(path)} of the parameters {what}, and gradients are taken of'
+        ' floating-point arrays only. Give what is not trained in another argument:'
+        ' `params, static = eqx.partition(model, eqx.is_inexact_array)` in Equinox,'
+        ' with `eqx.combine(params, static)` inside `loss_fn`.'
+      )
+
+
+def check_weight_is_summed(weight: Any, grads: Any) -> None:
+  """Raises if gradients in ``shard_map`` are sums over an axis, and weights are not.
+
+  Args:
+    weight: scalar, or None.
+    grads: the gradients of the total.
+
+  Raises:
+    ValueError: if the weight may differ along an axis along which a gradient does not.
+  """
+  if weight is None:
+    return
+  for path, g in jax.tree_util.tree_leaves_with_path(grads):
+    for axis in sorted(varying_axes(weight) - varying_axes(g)):
+      raise ValueError(
+        f'The weight may differ along the axis {axis!r}, but the gradient'
+        f' {at_path(path)} is summed over it already, as shard_map does with those of'
+        ' replicated parameters. Cast the parameters,'
+        f' `jax.lax.pcast(params, {axis!r}, to="varying")`, and name the axis in'
+        f' `axis_name`; or let `loss_fn` sum both, `jax.lax.psum((total, weight),'
+        f' {axis!r})`.'
+      )
+
+
+def _divide(g, scale):
+  return g / scale.astype(g.dtype)
+
+
+def _factor(loss, weight, loss_scale):
+  """What a loss is multiplied by before it is differentiated, in its dtype."""
+  if weight is None and loss_scale is None:
+    return None
+  scale = widen(1.0 if loss_scale is None else loss_scale, like=(loss, weight))
+  return (scale / divisor(weight)).astype(jnp.result_type(loss))
+
+
+def _parts(result, has_aux, has_weight):
+  """The loss, its weight and the auxiliary output, of what ``loss_fn`` returns."""
+  first = '(total, weight)' if has_weight else 'loss'
+  aux = weight = None
+  if has_aux:
+    result, aux = _pair(result, 'has_aux', f'({first}, aux)')
+  if has_weight:
+    form = f'({first}, aux)' if has_aux else first
+    result, weight = _pair(result, 'has_weight', form)
+    _check_number('weight', weight, (jnp.floating, jnp.integer), 'an integer or real')
+    weight = jax.lax.stop_gradient(widen(weight, like=(result, weight)))
+  elif isinstance(result, (tuple, list)):
+    aux_hint = 'say `has_aux=True` if they are `(loss, aux)`, and '
+    raise TypeError(
+      f'The loss that `loss_fn` returns must be a scalar, not {_kind(result)}:'
+      f' {"" if has_aux else aux_hint}say `has_weight=True` if they are `(total,'
+      ' weight)`.'
+    )
+  name = 'total' if has_weight else 'loss'
+  _check_number(name, result, (jnp.floating,), 'a real')
+  return result, weight, aux
+
+
+def _pair(result, argument, form):
+  if not isinstance(result, (tuple, list)) or len(result) != 2:
+    raise TypeError(
+      f'With `{argument}=True`, `loss_fn` must return `{form}`, not {_kind(result)}.'
+    )
+  return result
+
+
+def _check_number(name, value, kinds, what):
+  try:
+    kind = jax.typeof(value)
+  except TypeError:
+    raise TypeError(
+      f'The {name} that `loss_fn` returns must be {what} scalar, not {_kind(value)}.'
+    ) from None
+  if jnp.shape(value):
+    raise ValueError(
+      f'The {name} that `loss_fn` returns must be a scalar, but has shape'
+      f' {jnp.shape(value)}: take the sum or the mean.'
+    )
+  if not any(jnp.issubdtype(kind.dtype, k) for k in kinds):
+    raise TypeError(
+      f'The {name} that `loss_fn` returns must be {what} scalar, but has dtype'
+      f' {kind.dtype}.'
+    )
+
+
+def _kind(x):
+  if x is None:
+    return 'None'
+  if isinstance(x, (tuple, list)):
+    return f'a {type(x).__name__} of {len(x)}'
+  try:
+    return f'an array, {jax.typeof(x).str_short()}'
+  except (TypeError, AttributeError):
+    return f'a {type(x).__name__}'
