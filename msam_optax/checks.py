@@ -7,7 +7,22 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax.masks import at_path
+from msam_optax.masks import OVERWRITTEN
+from msam_optax.masks import path_names
+from msam_optax.reductions import is_inexact
 from msam_optax.reductions import leaf_axes
+
+
+def check_arrays(params: Any) -> None:
+  """Raises if a leaf is no array and no number, as a function in a model is none."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    array = hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
+    if not array and not isinstance(leaf, (bool, int, float, complex)):
+      raise TypeError(
+        f'The parameters must be arrays, but the leaf {at_path(path)} is {leaf!r}. In'
+        ' an Equinox model the arrays alone are parameters: `tx.init(eqx.filter(model,'
+        ' eqx.is_inexact_array))`, and the same for the params given to `update`.'
+      )
 
 
 def check_params(params: Any, mask: Any) -> None:
@@ -37,7 +52,8 @@ def check_params(params: Any, mask: Any) -> None:
     else:
       advice = (
         'Leave it out: `mask=lambda params: jax.tree.map(lambda p:'
-        ' jnp.issubdtype(p.dtype, jnp.floating), params)`.'
+        ' jnp.issubdtype(p.dtype, jnp.floating), params)`, or, in Equinox, give'
+        ' `eqx.filter(model, eqx.is_inexact_array)` as params.'
       )
     raise TypeError(
       'Only real floating-point parameters can be perturbed, but the leaf'
@@ -101,6 +117,44 @@ def check_like(tree: Any, reference: Any, *, what: str, dtypes: bool) -> None:
     )
 
 
+def check_first(grads: Any, grad: Any) -> None:
+  """Raises if what came in is not the gradient that was given as ``grad=``.
+
+  Inside a chain both are the same arrays, unless something before has changed one.
+
+  Args:
+    grads: the updates as they reach the transformation.
+    grad: what the user gave as ``grad``, if anything.
+
+  Raises:
+    ValueError: if an array of one is not that of the other.
+  """
+  if grad is None or jax.tree.structure(grad) != jax.tree.structure(grads):
+    return
+  leaves = jax.tree_util.tree_leaves_with_path(grads)
+  for (path, got), given in zip(leaves, jax.tree.leaves(grad), strict=True):
+    if got is not given:
+      raise ValueError(
+        f'What reached the sharpness-aware transformation {at_path(path)} is not the'
+        ' `grad` that was given: something before it in the chain changes the gradient'
+        ' (an optimizer, clipping, weight decay), or a wrapper accumulates it'
+        ' (optax.MultiSteps). It perturbs the parameters along what it gets, so put it'
+        ' first: `optax.chain(msam(), optax.clip_by_global_norm(1.0),'
+        ' optax.adam(1e-3))`.'
+      )
+
+
+def check_averaged(params: Any, axis_name: Any) -> None:
+  """Raises if FP8 scaling factors would be averaged, or not, over replicas."""
+  for path, _ in jax.tree_util.tree_leaves_with_path(params):
+    if axis_name is not None and OVERWRITTEN in path_names(path):
+      raise ValueError(
+        f'The leaf {at_path(path)} is overwritten with its "gradient", the FP8 scaling'
+        ' of one replica, which has no mean over `axis_name`. Use FP8 under jit with'
+        ' sharded arrays, without an `axis_name`.'
+      )
+
+
 def pair_hint(tree: Any, reference: Any) -> str:
   """What a pair in the place of gradients seems to be, and how to pass it."""
   structure = jax.tree.structure
@@ -146,9 +200,10 @@ def check_varying(grads: Any, axis_name: Any) -> None:
   """
   if axis_name is None:
     return
+  leaves = [g for g in jax.tree.leaves(grads) if is_inexact(g)]
   for axis in axis_name if isinstance(axis_name, tuple) else (axis_name,):
     if axis in varying_axes(axis_index(axis, 'axis_name')) and not all(
-      axis in varying_axes(g) for g in jax.tree.leaves(grads)
+      axis in varying_axes(g) for g in leaves
     ):
       raise ValueError(
         f'These gradients are summed over {axis!r} already, as shard_map does with'

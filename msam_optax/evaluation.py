@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import difflib
+import inspect
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 from msam_optax.checks import check_like
 from msam_optax.checks import pair_hint
 
-# Extra arguments of Optax's own, which are not misspelt.
-_OTHERS = {'value', 'grad', 'value_fn', 'obj_fn'}
+# Extra arguments of ours and of Optax's own, which are not misspelt.
+EXTRA_ARGS = frozenset(
+  ('grad_fn', 'value_and_grad_fn', 'value', 'grad', 'value_fn', 'obj_fn')
+)
 
 
 def evaluation(
@@ -32,10 +35,20 @@ def evaluation(
     result has the structure, shapes and (if asked) dtypes of ``like``.
 
   Raises:
+    TypeError: if what is given is no function.
     ValueError: if not exactly one of the two functions is given.
   """
   if grad_fn is None and value_and_grad_fn is None:
     raise ValueError(_missing(extra_args))
+  for name, function in (
+    ('grad_fn', grad_fn),
+    ('value_and_grad_fn', value_and_grad_fn),
+  ):
+    if function is not None and not callable(function):
+      raise TypeError(
+        f'`{name}` must be a function of the parameters, got a'
+        f' {type(function).__name__}: `{name}=lambda params: ...`.'
+      )
   if grad_fn is not None and value_and_grad_fn is not None:
     raise ValueError(
       'Both `grad_fn` and `value_and_grad_fn` are given: give only the latter,'
@@ -44,10 +57,10 @@ def evaluation(
 
   def evaluate(probe, like, dtypes):
     if value_and_grad_fn is not None:
-      value, grads = _pair(_call(value_and_grad_fn, probe))
+      value, grads = _pair(_call('value_and_grad_fn', value_and_grad_fn, probe))
       what = 'The gradient that `value_and_grad_fn` returns'
     else:
-      value, grads = None, _call(grad_fn, probe)
+      value, grads = None, _call('grad_fn', grad_fn, probe)
       what = pair_hint(grads, like) + 'What `grad_fn` returns'
     what += ' must be like the gradients given to `update`'
     check_like(grads, like, what=what, dtypes=dtypes)
@@ -59,7 +72,7 @@ def evaluation(
 def _missing(extra_args):
   similar = [
     name
-    for name in sorted(set(extra_args) - _OTHERS)
+    for name in sorted(set(extra_args) - EXTRA_ARGS)
     if difflib.get_close_matches(name, ['grad_fn', 'value_and_grad_fn'])
   ]
   misspelt = f' It was given {similar}: a misspelling?' if similar else ''
@@ -67,23 +80,52 @@ def _missing(extra_args):
     'A sharpness-aware transformation takes the gradient a second time, at'
     ' perturbed parameters, and needs a function for it: `tx.update(grads,'
     ' state, params, grad_fn=grad_fn)`, where `grad_fn = lambda params:'
-    f' jax.grad(loss)(params, batch)`.{misspelt} Where nothing can be passed, or a'
-    ' wrapper does not pass it on (optax.MultiSteps inside a chain, optax.lookahead),'
-    ' take gradients with `msam_optax.value_and_grad` and leave this one out.'
+    f' jax.grad(loss)(params, batch)`.{misspelt} In Flax use'
+    ' `msam_optax.flax_linen.TrainState`, which forwards it to `tx`, as its own does'
+    ' not. Where nothing can be passed, or a wrapper does not forward it'
+    ' (optax.MultiSteps inside a chain), take gradients with'
+    ' `msam_optax.value_and_grad` and leave this one out.'
   )
 
 
-def _call(function, probe):
+def _call(name, function, probe):
   try:
     return function(probe)
   except Exception as error:
-    if isinstance(probe, jax.Array) and jnp.ndim(probe) == 1:
-      error.add_note(
-        'The gradient function was called with a single vector. If your parameters'
-        ' are something else, the transformation stands inside optax.flatten: put it'
-        ' before, as in `optax.chain(msam(), optax.flatten(optax.adam(1e-3)))`.'
-      )
+    error.add_note(
+      f'This came from the `{name}` given to `update`, which is called with the'
+      f' parameters alone, a {type(probe).__name__}.{_advice(name, function, probe)}'
+    )
     raise
+
+
+def _advice(name, function, probe):
+  """What to write instead, as far as the call tells."""
+  try:
+    inspect.signature(function).bind(probe)
+  except TypeError:
+    return (
+      f' It takes other arguments. Bind them: `{name}=lambda params:'
+      ' jax.grad(loss)(params, batch)`; and one for optax.contrib.sam, which is called'
+      ' with a step as well, `lambda params: grad_fn(params, 0)`.'
+    )
+  except ValueError:  # Some functions have no signature.
+    pass
+  if type(probe).__module__.startswith('flax.nnx'):
+    return (
+      f' A loss of an NNX model wants the model: `{name}=flax_nnx.{name}(loss, model,'
+      ' batch)`, made before the clean pass, with `from msam_optax import flax_nnx`.'
+    )
+  if isinstance(probe, jax.Array) and jnp.ndim(probe) == 1:
+    return (
+      ' If your parameters are something else than one vector, the transformation'
+      ' stands inside optax.flatten: put it before, as in `optax.chain(msam(),'
+      ' optax.flatten(optax.adam(1e-3)))`.'
+    )
+  return (
+    ' If the loss returns an auxiliary output, say so and drop it: `lambda params:'
+    ' jax.grad(loss, has_aux=True)(params)[0]`.'
+  )
 
 
 def _pair(result):

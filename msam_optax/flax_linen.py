@@ -1,13 +1,21 @@
-"""Flax Linen: a train state that hands extra arguments to the optimizer."""
+"""Flax Linen: a train state that forwards extra arguments, and loss scaling."""
 
 import dataclasses
 import difflib
 import functools
+import inspect
+import types
 from typing import Any
 from typing import Self
 
 from flax.training import train_state
-import optax
+from flax.training.dynamic_scale import DynamicScale
+import jax
+import jax.numpy as jnp
+
+from msam_optax.evaluation import EXTRA_ARGS
+from msam_optax.masks import OVERWRITTEN
+from msam_optax.numerics import zero_if
 
 
 class TrainState(train_state.TrainState):
@@ -51,6 +59,10 @@ class TrainState(train_state.TrainState):
   def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
     """Takes one step.
 
+    With FP8, ``grads`` and ``params`` have a collection ``_overwrite_with_gradient``
+    beside ``params``, and ``grad_fn`` is, as always, a function of all that is in the
+    state's ``params``.
+
     Args:
       grads: gradients, a pytree like ``params``.
       **kwargs: those that name a field of the state (``batch_stats=``, say) replace
@@ -65,15 +77,87 @@ class TrainState(train_state.TrainState):
     fields = {field.name for field in dataclasses.fields(self)}
     replaced = {name: x for name, x in kwargs.items() if name in fields}
     extra = {name: x for name, x in kwargs.items() if name not in fields}
-    for name in extra:
+    for name in set(extra) - EXTRA_ARGS:
       if similar := difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
         raise TypeError(
           f'`{name}` is no field of {type(self).__name__}; `{similar[0]}` is.'
         )
+    if OVERWRITTEN in grads:
+      extra = _of_parameters(extra, self.params)
     # A tx with its extra arguments bound, so that Flax's own step does the rest.
-    tx = optax.with_extra_args_support(self.tx)
-    bound = tx._replace(update=functools.partial(tx.update, **extra))
+    bound = types.SimpleNamespace(update=functools.partial(_update, self.tx, extra))
     stepped = super(TrainState, self.replace(tx=bound)).apply_gradients(
       grads=grads, **replaced
     )
     return stepped.replace(tx=self.tx)
+
+
+def scale_by_both_passes(
+  dynamic_scale: DynamicScale, finite: jax.Array
+) -> DynamicScale:
+  """The loss scale after a step: it backs off unless *both* passes were finite.
+
+  The gradient at the probe overflows before the clean one does, and Flax's
+  ``DynamicScale.value_and_grad`` sees the clean one only. So select by the flag of the
+  transformation, which is of both, and let the scale follow it::
+
+    def train_step(state, dynamic_scale, batch):
+      take = dynamic_scale.value_and_grad(lambda params: loss_fn(params, batch))
+      _, _, loss, grads = take(state.params)
+      new = state.apply_gradients(grads=grads, grad_fn=lambda params: take(params)[3])
+      finite = optax.tree.get(new.opt_state, 'finite')
+      state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+      return state, scale_by_both_passes(dynamic_scale, finite), loss
+
+  With the drop-in, the loss is scaled by ``loss_scale``, and nothing else changes: the
+  radius, ``ρ`` and ``α`` are those of the unscaled loss::
+
+    take = msam_optax.value_and_grad(
+        loss_fn, monge(alpha=1.0), rho=0.05, loss_scale=dynamic_scale.scale)
+    loss, grads = take(state.params, batch)
+    finite = jnp.array([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]).all()
+
+  Args:
+    dynamic_scale: the scale that the step was taken with.
+    finite: bool scalar, whether both gradients were.
+
+  Returns:
+    The scale for the next step, by Flax's own rules for growing and backing off.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from flax.training.dynamic_scale import DynamicScale
+    >>> from msam_optax.flax_linen import scale_by_both_passes
+    >>> print(scale_by_both_passes(DynamicScale(scale=1024.0), jnp.array(False)).scale)
+    512.0
+  """
+  # Flax updates the scale from a gradient: here one that is finite or not as told.
+  gradient_of = lambda x: x + x * zero_if(finite, jnp.float32)
+  return dynamic_scale.value_and_grad(gradient_of)(jnp.float32(0.0)).dynamic_scale
+
+
+def _update(tx, extra_args, grads, state, params):
+  """``tx.update`` with extra arguments, if it takes any."""
+  # A MultiSteps object, and the transformation made of one, take them without being of
+  # the type that says so.
+  parameters = inspect.signature(tx.update).parameters.values()
+  if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+    extra_args = {}
+  return tx.update(grads, state, params, **extra_args)
+
+
+def _of_parameters(extra_args, params):
+  """Gradient functions of all of ``params`` as ones of what the optimizer moves."""
+
+  def whole(moved):
+    return {**params, 'params': moved}
+
+  def value_and_grad_fn(moved):
+    value, grads = extra_args['value_and_grad_fn'](whole(moved))
+    return value, grads['params']
+
+  wrapped = {
+    'grad_fn': lambda moved: extra_args['grad_fn'](whole(moved))['params'],
+    'value_and_grad_fn': value_and_grad_fn,
+  }
+  return {name: wrapped.get(name, x) for name, x in extra_args.items()}

@@ -8,13 +8,15 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from msam_optax.numerics import zero_if
+
 Hyperparameter = float | jax.Array | np.ndarray | Callable[[Any], Any]
 
 
 def check_hyperparameter(name: str, value: Hyperparameter) -> None:
   """Raises unless ``value`` is a finite scalar >= 0 or a schedule.
 
-  What a schedule returns is not known when a method is built, so it is not looked at.
+  What a schedule returns is not known when a method is built: see :func:`value_at`.
 
   Args:
     name: the argument's name, for the message.
@@ -24,7 +26,7 @@ def check_hyperparameter(name: str, value: Hyperparameter) -> None:
     TypeError: if it is no real number, array or callable.
     ValueError: if it is negative, infinite, NaN, or not a scalar.
   """
-  if not callable(value):
+  if not is_schedule(value):
     check_number(name, value, expected='a real number, an array or an Optax schedule')
 
 
@@ -50,10 +52,25 @@ def check_scalar(name: str, value: Any) -> None:
     raise ValueError(f'`{name}` must be a scalar, got shape {np.shape(value)}.')
 
 
-def value_at(name: str, value: Hyperparameter, count: jax.Array) -> Any:
-  """The hyperparameter at step ``count``."""
-  if not callable(value):
+def is_schedule(value: Any) -> bool:
+  """Whether a hyperparameter is a function of the step, and no number.
+
+  An array may be callable, as an NNX variable is: it has a dtype.
+  """
+  return callable(value) and not hasattr(value, 'dtype')
+
+
+def value_at(name: str, value: Hyperparameter, count: Any = None) -> Any:
+  """The hyperparameter at step ``count``; NaN where it is negative or not finite.
+
+  What is known when a method is built was checked there. What is not, the value of a
+  schedule or of a traced array, becomes NaN, so that the result shows it.
+  """
+  if is_schedule(value):
+    value = jnp.asarray(value(count))
+    check_scalar(name, value)
+  elif not isinstance(value, jax.core.Tracer):
     return value
-  value = value(count)
-  check_scalar(name, value)
-  return value
+  if not jnp.issubdtype(value.dtype, jnp.floating):
+    value = value.astype(float)
+  return value + zero_if((value >= 0) & jnp.isfinite(value), value.dtype)

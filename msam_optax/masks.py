@@ -128,6 +128,63 @@ def resolve_mask(mask: Any, params: Any, *, name: str = 'mask') -> Any:
     ) from error
 
 
+def admitted(mask: Any, params: Any) -> Any:
+  """Which leaves are moved: those of a mask that are parameters at all.
+
+  Args:
+    mask: see :func:`resolve_mask`.
+    params: the parameters, among which may be Flax's FP8 scaling factors, which a
+      "gradient" overwrites and no optimizer moves.
+
+  Returns:
+    A tree of bools with the structure of ``params``.
+  """
+  return jax.tree.map(
+    lambda admitted, replaced: admitted and not replaced,
+    resolve_mask(mask, params),
+    overwritten(params),
+  )
+
+
+def overwritten(params: Any) -> Any:
+  """Which leaves are in Flax's collection of what a "gradient" overwrites."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: OVERWRITTEN in path_names(path), params
+  )
+
+
+def has_leaf(tree: Any, params: Any) -> Any:
+  """Which leaves of ``params`` a tree has, where it has None for those that it has not.
+
+  Gradients have None where nothing is trained: in Equinox, for example.
+
+  Returns:
+    A tree of bools with the structure of ``params``.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+  missing = {path for path, x in leaves if x is None}
+  return jax.tree_util.tree_map_with_path(lambda path, _: path not in missing, params)
+
+
+def leave_out(tree: Any, present: Any) -> Any:
+  """A tree with None for its leaves that are not present."""
+  return jax.tree.map(lambda here, x: x if here else None, present, tree)
+
+
+def fill(tree: Any, present: Any, params: Any) -> Any:
+  """The inverse of :func:`leave_out`: zeros like ``params`` for what is not there."""
+  leaves = iter(jax.tree.leaves(tree))
+
+  def zeros(w):
+    dtype = jnp.result_type(w)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.zeros(jnp.shape(w), dtype if floating else jnp.float32)
+
+  return jax.tree.map(
+    lambda here, w: next(leaves) if here else zeros(w), present, params
+  )
+
+
 def at_path(path: Any) -> str:
   """Where in a tree, for messages."""
   return f'at {jax.tree_util.keystr(path)}' if path else 'at the root'

@@ -22,6 +22,7 @@ import optax
 from msam_optax.hyperparameters import check_hyperparameter
 from msam_optax.hyperparameters import check_number
 from msam_optax.hyperparameters import Hyperparameter
+from msam_optax.hyperparameters import is_schedule
 from msam_optax.hyperparameters import value_at
 from msam_optax.masks import resolve_mask
 from msam_optax.masks import weights_by_default
@@ -73,21 +74,25 @@ class MongeState(NamedTuple):
   base: Any
 
 
-def _diagonal(scale: Callable[[Any, Any], Any]) -> Metric:
-  """The metric ``G = T⁻²`` for ``T = scale(grads, params)``, without state."""
+def _diagonal(scale: Callable[[Any, Any, Any], Any], eta: Any = 0.0) -> Metric:
+  """The metric ``G = T⁻²`` for ``T = scale(eta, grads, params)``, without state."""
 
   def ascend(grads, state, params, *, param_specs=None):
     dtype = wide_dtype(grads)
-    T = jax.tree.map(lambda t: jnp.asarray(t, dtype), scale(grads, params))
+    eta_now = jnp.asarray(value_at('eta', eta), dtype)
+    T = scale(eta_now, grads, params)
+    T = jax.tree.map(lambda t: jnp.asarray(t, dtype), T)
     h = jax.tree.map(lambda t, g: t * jnp.asarray(g, dtype), T, grads)
     unit, norm = normalize(h, param_specs)
+    # A NaN for eta is seen, where the norm of what is not finite would be zero.
+    zero = 0.0 * eta_now
     direction = jax.tree.map(
-      lambda t, u, g: jnp.where(norm > 0, t * u, 0.0).astype(jnp.result_type(g)),
+      lambda t, u, g: jnp.where(norm > 0, t * u, zero).astype(jnp.result_type(g)),
       T,
       unit,
       grads,
     )
-    return Ascent(direction, norm), state
+    return Ascent(direction, norm + zero), state
 
   return Metric(lambda params: optax.EmptyState(), ascend)
 
@@ -113,7 +118,7 @@ def euclidean() -> Metric:
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  return _diagonal(lambda grads, params: jax.tree.map(lambda _: 1.0, grads))
+  return _diagonal(lambda eta, grads, params: jax.tree.map(lambda _: 1.0, grads))
 
 
 def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
@@ -126,11 +131,13 @@ def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
   Args:
     eta: ``η``, scalar >= 0. Lets weights that are zero move.
     weights: which leaves are weights: a tree of bools with the structure of the
-      params (or a prefix of it), or a function from params to one. By default
-      the leaves of two or more dimensions: kernels and embeddings, not biases and
-      scales of normalisations. Biases of two dimensions (Flax's attention has them)
-      count as weights, unless a function of the path, with
-      ``jax.tree_util.tree_map_with_path``, says otherwise.
+      params (or a prefix of it), or a function from params to one, such as
+      ``by_name('kernel', 'embedding')``. By default the leaves of two or more
+      dimensions whose own name is none of ``bias``, ``b``, ``scale``, ``offset``,
+      ``beta`` and ``gamma``. That is right for Flax and Haiku, where layers are stacked
+      (``nn.scan``, ``nnx.vmap``) as where they are not. It is wrong for stacked leaves
+      without such a name, as a vmapped ``eqx.nn.LayerNorm`` has: with one stacked axis
+      everywhere, say ``lambda params: jax.tree.map(lambda w: w.ndim > 2, params)``.
 
   Returns:
     A :class:`Metric` without state; ``ascend`` needs the params.
@@ -155,7 +162,7 @@ def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
   if weights is None:
     weights = weights_by_default
 
-  def scale(grads, params):
+  def scale(eta, grads, params):
     del grads
     if params is None:
       raise ValueError(
@@ -168,7 +175,7 @@ def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
       params,
     )
 
-  return _diagonal(scale)
+  return _diagonal(scale, eta)
 
 
 def diagonal_fisher(eta: float | jax.Array = 1.0) -> Metric:
@@ -201,15 +208,11 @@ def diagonal_fisher(eta: float | jax.Array = 1.0) -> Metric:
   """
   check_number('eta', eta)
 
-  def scale(grads, params):
+  def scale(eta, grads, params):
     del params
-    # 1/√(1 + ηg²) without the square, which overflows float32 near g = 2e19.
-    return jax.tree.map(
-      lambda g: 1.0 / jnp.hypot(1.0, jnp.sqrt(widen(eta, like=g)) * widen(g)),
-      grads,
-    )
+    return jax.tree.map(lambda g: _rsqrt_one_plus(widen(eta, like=g), widen(g)), grads)
 
-  return _diagonal(scale)
+  return _diagonal(scale, eta)
 
 
 def monge(alpha: Hyperparameter = 1.0, base: Metric = euclidean()) -> Metric:
@@ -263,14 +266,14 @@ def monge(alpha: Hyperparameter = 1.0, base: Metric = euclidean()) -> Metric:
 
   def init(params):
     base_state = base.init(params)
-    if callable(alpha):
+    if is_schedule(alpha):
       return MongeState(jnp.zeros([], jnp.int32), base_state)
     return base_state
 
   def ascend(grads, state, params, **kwargs):
-    if not callable(alpha):
+    if not is_schedule(alpha):
       ascent, state = base.ascend(grads, state, params, **kwargs)
-      return _add_gradient_outer_product(ascent, alpha), state
+      return _add_gradient_outer_product(ascent, value_at('alpha', alpha)), state
     ascent, base_state = base.ascend(grads, state.base, params, **kwargs)
     ascent = _add_gradient_outer_product(ascent, value_at('alpha', alpha, state.count))
     return ascent, MongeState(optax.safe_increment(state.count), base_state)
@@ -286,17 +289,27 @@ def check_metric(name: str, metric: Any) -> None:
     )
 
 
+def _rsqrt_one_plus(eta, g):
+  """``1/√(1 + ηg²)``, also where ``g²`` overflows, as float32 does near 2e19."""
+  square = eta * g * g
+  huge = jnp.isinf(square)
+  # Only there by way of √η, which has no derivative at 0.
+  root = jnp.sqrt(jnp.where(huge, eta, 1.0)) * jnp.where(huge, g, 0.0)
+  usual = 1.0 / jnp.sqrt(1.0 + jnp.where(huge, 0.0, square))
+  return jnp.where(huge, 1.0 / jnp.hypot(1.0, root), usual)
+
+
 def _add_gradient_outer_product(ascent: Ascent, alpha: Any) -> Ascent:
   s = ascent.slope
   alpha = widen(alpha, like=s)
   # Beyond the largest number the direction is 0 and the slope its limit, 1/α.
-  finite = jnp.isfinite(alpha * s)
-  factor = 1.0 / jnp.hypot(1.0, jnp.where(finite, alpha * s, 0.0))
+  beyond = jnp.isinf(alpha * s)
+  factor = 1.0 / jnp.hypot(1.0, jnp.where(beyond, 0.0, alpha * s))
   direction = jax.tree.map(
-    lambda d: jnp.where(finite, widen(d) * factor.astype(wide_dtype(d)), 0.0).astype(
+    lambda d: jnp.where(beyond, 0.0, widen(d) * factor.astype(wide_dtype(d))).astype(
       d.dtype
     ),
     ascent.direction,
   )
-  limit = 1.0 / jnp.where(finite, 1.0, alpha)
-  return Ascent(direction, jnp.where(finite, s * factor, limit))
+  limit = 1.0 / jnp.where(beyond, alpha, 1.0)
+  return Ascent(direction, jnp.where(beyond, limit, s * factor))

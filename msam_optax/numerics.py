@@ -14,8 +14,6 @@ from msam_optax.reductions import total
 def normalize(tree: Any, param_specs: Any = None) -> tuple[Any, jax.Array]:
   """The tree divided by its Euclidean norm, and the norm.
 
-  All is scaled by the largest magnitude first, so that no square over- or underflows.
-
   Args:
     tree: pytree of real floating-point arrays, all of the same dtype.
     param_specs: how its leaves are sharded inside ``shard_map``, see
@@ -25,25 +23,63 @@ def normalize(tree: Any, param_specs: Any = None) -> tuple[Any, jax.Array]:
     The tree of length one, and the norm, a scalar; zeros, both, where the norm is
     zero or not finite.
   """
-  leaves, axes = jax.tree.leaves(tree), leaf_axes(param_specs, tree)
-  zero = jnp.zeros([], wide_dtype(tree))
-  magnitudes = maxima([largest_magnitude(x) for x in leaves], axes)
-  largest = functools.reduce(jnp.maximum, magnitudes, zero)
-  usable = (largest > 0) & jnp.isfinite(largest)
-  # The results do not depend on the scale, so their derivatives need not know it.
-  scale = jax.lax.stop_gradient(jnp.where(usable, largest, 1.0))
-  squares = total([jnp.sum(jnp.square(x / scale)) for x in leaves], axes, zero)
-  root = jnp.sqrt(jnp.where(usable, squares, 1.0))
-  usable &= jnp.isfinite(scale * root)
+  scale, root, _ = _scaled_norm(tree, param_specs)
+  usable = (root > 0) & jnp.isfinite(scale * root)
+  root = jnp.where(usable, root, 1.0)
   unit = jax.tree.map(lambda x: jnp.where(usable, x / scale / root, 0.0), tree)
   return unit, jnp.where(usable, scale * root, 0.0)
 
 
+def norm(tree: Any, param_specs: Any = None) -> jax.Array:
+  """The Euclidean norm of a tree, NaN where an entry is not finite.
+
+  Args:
+    tree: pytree of real floating-point arrays, all of the same dtype.
+    param_specs: see :func:`normalize`.
+
+  Returns:
+    A scalar, whose derivative is 0, not NaN, where the norm is.
+  """
+  scale, root, finite = _scaled_norm(tree, param_specs)
+  return jnp.where(finite, scale * root, zero_if(finite, root.dtype))
+
+
+def _scaled_norm(tree, param_specs):
+  """A scale, the norm of the tree divided by it, and whether all entries are finite.
+
+  All is scaled by the largest magnitude first, so that no square over- or underflows.
+  """
+  leaves, axes = jax.tree.leaves(tree), leaf_axes(param_specs, tree)
+  zero = jnp.zeros([], wide_dtype(tree))
+  magnitudes = maxima([largest_magnitude(x) for x in leaves], axes)
+  largest = functools.reduce(jnp.maximum, magnitudes, zero)
+  finite = jnp.isfinite(largest)
+  usable = (largest > 0) & finite
+  # A scale whose reciprocal is a normal number, since a division may be a product.
+  reach = 2.0 ** (jnp.finfo(zero.dtype).maxexp - 28)
+  scale = jnp.where(usable, jnp.clip(largest, 1 / reach, reach), 1.0)
+  # The results do not depend on the scale, so their derivatives need not know it.
+  scale = jax.lax.stop_gradient(scale)
+  squares = total([jnp.sum(jnp.square(x / scale)) for x in leaves], axes, zero)
+  root = jnp.sqrt(jnp.where(usable, squares, 1.0))
+  return scale, jnp.where(usable, root, 0.0), finite
+
+
 def largest_magnitude(x: jax.Array) -> jax.Array:
   """``max|x|``, infinite if any entry is not finite; 0 for an empty array."""
-  x = widen(x)
-  # Across devices a maximum may lose a NaN, as it does on the CPU.
-  return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)), initial=0.0)
+  largest = jnp.max(jnp.abs(widen(x)), initial=0.0)
+  # Infinite and not NaN, since across devices a maximum may lose a NaN.
+  finite = jnp.isfinite(largest)
+  return jnp.where(finite, largest, 1.0 / jnp.where(finite, 1.0, 0.0))
+
+
+def zero_if(condition: jax.Array, dtype: Any) -> jax.Array:
+  """0 where a condition holds, and NaN where not.
+
+  Where the condition holds no NaN is made on the way, as ``jnp.where`` would make one:
+  that is what ``jax_debug_nans`` looks for.
+  """
+  return jnp.zeros([], dtype) / condition.astype(dtype)
 
 
 def widen(x: Any, like: Any = None) -> jax.Array:

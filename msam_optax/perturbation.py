@@ -1,21 +1,24 @@
 """The probe: the parameters, moved uphill by the radius."""
 
 from collections.abc import Callable
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from msam_optax.checks import check_params
-from msam_optax.masks import resolve_mask
+from msam_optax.masks import admitted
 from msam_optax.metrics import Ascent
 from msam_optax.metrics import Metric
 from msam_optax.numerics import largest_magnitude
+from msam_optax.numerics import norm
 from msam_optax.numerics import wide_dtype
 from msam_optax.numerics import widen
+from msam_optax.numerics import zero_if
+from msam_optax.reductions import is_inexact
 from msam_optax.reductions import leaf_axes
 from msam_optax.reductions import maxima
-from msam_optax.reductions import total
 
 
 def perturb(
@@ -51,14 +54,15 @@ def perturb(
     >>> print(perturb(w, ascent, rho=0.5))
     [1.3 0.6]
   """
-  mask = resolve_mask(mask, params)
+  mask = admitted(mask, params)
   check_params(params, mask)
 
   def move(moved, w, direction):
     if not moved:
       return w
     step = widen(rho, like=w) * widen(direction, like=w)
-    return (widen(w) + step).astype(jnp.result_type(w))
+    # The select keeps -0.0, which a sum with 0.0 would not.
+    return jnp.where(step == 0, w, (widen(w) + step).astype(jnp.result_type(w)))
 
   return jax.tree.map(move, mask, params, ascent.direction)
 
@@ -74,15 +78,15 @@ def ascend(
 ) -> tuple[Ascent, Any]:
   """The metric's ascent over the admitted leaves: the others are not in its norm."""
 
-  def admit(admitted, g):
-    if admitted:
+  def admit(moved, g):
+    if moved:
       return g
     dtype = jnp.result_type(g)
     floating = jnp.issubdtype(dtype, jnp.floating)
     return jnp.zeros(jnp.shape(g), dtype if floating else jnp.float32)
 
-  admitted = jax.tree.map(admit, resolve_mask(mask, params), grads)
-  return ascend_whole(metric, admitted, state, params, param_specs)
+  grads = jax.tree.map(admit, admitted(mask, params), grads)
+  return ascend_whole(metric, grads, state, params, param_specs)
 
 
 def ascend_whole(
@@ -92,33 +96,30 @@ def ascend_whole(
   # A metric that is not made for sharded parameters need not know of them.
   if param_specs is None:
     return metric.ascend(grads, state, params)
-  try:
-    return metric.ascend(grads, state, params, param_specs=param_specs)
-  except TypeError as error:
-    if 'param_specs' in str(error):
-      error.add_note(
-        'With `param_specs` a metric must take `ascend(grads, state, params, *,'
-        ' param_specs)` and sum over the axes of the mesh that they name.'
-      )
-    raise
+  parameters = inspect.signature(metric.ascend).parameters.values()
+  if not any(p.name == 'param_specs' or p.kind is p.VAR_KEYWORD for p in parameters):
+    raise TypeError(
+      'With `param_specs` a metric must take `ascend(grads, state, params, *,'
+      ' param_specs)` and sum over the axes of the mesh that they name.'
+    )
+  return metric.ascend(grads, state, params, param_specs=param_specs)
 
 
 def distance(
   probe: Any, params: Any, *, mask: Any = None, param_specs: Any = None
 ) -> jax.Array:
-  """``‖probe − w‖₂``, so with what rounding to the params' dtype has left of it."""
-  zero = jnp.zeros([], wide_dtype(params))
+  """``‖probe − w‖₂``, so with what rounding to the params' dtype has left of it.
 
-  def squared(moved, p, w):
+  It is NaN where the probe is not finite.
+  """
+
+  def difference(moved, p, w):
     if not moved:
-      return zero
-    return jnp.sum(jnp.square(widen(p, like=w) - widen(w))).astype(zero.dtype)
+      return jnp.zeros([], wide_dtype(params))
+    return widen(widen(p, like=w) - widen(w), like=params)
 
-  squares = jax.tree.map(squared, resolve_mask(mask, params), probe, params)
-  axes = leaf_axes(param_specs, params)
-  square = total(jax.tree.leaves(squares), axes, zero)
-  # Both branches finite, so that the derivative where nothing moved is 0, not NaN.
-  return jnp.where(square == 0, 0.0, jnp.sqrt(jnp.where(square == 0, 1.0, square)))
+  differences = jax.tree.map(difference, admitted(mask, params), probe, params)
+  return norm(differences, param_specs)
 
 
 def settle(
@@ -147,24 +148,25 @@ def settle(
     A pytree with the structure, shapes and dtypes of ``grads``.
   """
 
-  def poison(magnitude, g_probe, g):
-    if not jnp.issubdtype(jnp.result_type(g), jnp.floating):
+  magnitudes = jax.tree.map(lambda g: _magnitude(g, like=grads), grads)
+  leaves, structure = jax.tree.flatten(magnitudes)
+  magnitudes = structure.unflatten(maxima(leaves, leaf_axes(param_specs, grads)))
+
+  def poison(magnitude, g_probe):
+    if not is_inexact(g_probe):
       return g_probe
     # That the result depends on the radius has a second use: XLA then measures it
     # before an optimizer overwrites donated parameters, and need not copy them.
     usable = jnp.isfinite(magnitude) & ~jnp.isnan(radius)
-    return jnp.where(usable, g_probe, jnp.nan)
+    return jnp.where(usable, g_probe, zero_if(usable, g_probe.dtype))
 
-  magnitudes = jax.tree.map(lambda g: _magnitude(g, like=grads), grads)
-  leaves, structure = jax.tree.flatten(magnitudes)
-  magnitudes = structure.unflatten(maxima(leaves, leaf_axes(param_specs, grads)))
-  return jax.tree.map(
-    lambda x, g: x.astype(jnp.result_type(g)),
-    average(jax.tree.map(poison, magnitudes, probe_grads, grads)),
-    grads,
-  )
+  def restore(x, g):
+    return x.astype(jnp.result_type(g)) if is_inexact(x) else x
+
+  averaged = average(jax.tree.map(poison, magnitudes, probe_grads))
+  return jax.tree.map(restore, averaged, grads)
 
 
 def _magnitude(g, like):
-  floating = jnp.issubdtype(jnp.result_type(g), jnp.floating)
-  return widen(largest_magnitude(g) if floating else 0, like=like)
+  real = largest_magnitude(jnp.abs(g) if is_inexact(g) else 0)
+  return widen(real, like=like)

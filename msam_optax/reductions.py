@@ -7,6 +7,7 @@ over a leaf that every device has whole must not be. ``param_specs``, the very
 """
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax
@@ -52,6 +53,54 @@ def leaf_axes(param_specs: Any, tree: Any) -> list[Axes]:
       f' {jax.tree.structure(tree)}.'
     ) from error
   return axes
+
+
+def mean(tree: Any, axis_name: Any) -> Any:
+  """The mean over a mapped axis of the leaves that have one.
+
+  Args:
+    tree: pytree of arrays. Leaves that are not floating point or complex (gradients of
+      integers have no numbers at all) stay those of each replica.
+    axis_name: the mapped axis or axes, or None.
+
+  Returns:
+    A pytree like ``tree``.
+  """
+  if axis_name is None:
+    return tree
+  leaves, structure = jax.tree.flatten(tree)
+  rows = [i for i, x in enumerate(leaves) if is_inexact(x)]
+  # All in one call, and so in as few messages as the compiler can make of it.
+  means = jax.lax.pmean([leaves[i] for i in rows], axis_name)
+  for i, x in zip(rows, means, strict=True):
+    leaves[i] = x
+  return structure.unflatten(leaves)
+
+
+def all_finite(tree: Any, param_specs: Any = None) -> jax.Array:
+  """Whether a tree is finite, all parts of all leaves.
+
+  Args:
+    tree: pytree of arrays; leaves that are not floating point or complex count as
+      finite.
+    param_specs: how the leaves are sharded inside ``shard_map``, see
+      :func:`leaf_axes`.
+
+  Returns:
+    bool scalar.
+  """
+  finite = [
+    jnp.all(jnp.isfinite(x)) if is_inexact(x) else jnp.array(True)
+    for x in jax.tree.leaves(tree)
+  ]
+  axes = leaf_axes(param_specs, tree)
+  bad = maxima([jnp.where(ok, 0.0, 1.0) for ok in finite], axes)
+  return functools.reduce(jnp.maximum, bad, jnp.zeros([])) == 0
+
+
+def is_inexact(x: Any) -> bool:
+  """Whether a leaf is floating point or complex."""
+  return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def total(

@@ -1,5 +1,7 @@
 """The two-pass method as an Optax transformation."""
 
+import functools
+import operator
 from typing import Any
 from typing import NamedTuple
 
@@ -8,8 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax.checks import check_admits
+from msam_optax.checks import check_arrays
+from msam_optax.checks import check_averaged
 from msam_optax.checks import check_axes
 from msam_optax.checks import check_axis_name
+from msam_optax.checks import check_first
 from msam_optax.checks import check_like
 from msam_optax.checks import check_params
 from msam_optax.checks import check_probe
@@ -21,15 +26,23 @@ from msam_optax.evaluation import evaluation
 from msam_optax.hyperparameters import check_hyperparameter
 from msam_optax.hyperparameters import Hyperparameter
 from msam_optax.hyperparameters import value_at
+from msam_optax.masks import admitted
+from msam_optax.masks import fill
+from msam_optax.masks import has_leaf
+from msam_optax.masks import leave_out
+from msam_optax.masks import overwritten
 from msam_optax.masks import resolve_mask
 from msam_optax.metrics import check_metric
 from msam_optax.metrics import Metric
 from msam_optax.numerics import wide_dtype
+from msam_optax.numerics import widen
 from msam_optax.perturbation import ascend
 from msam_optax.perturbation import ascend_whole
 from msam_optax.perturbation import distance
 from msam_optax.perturbation import perturb
 from msam_optax.perturbation import settle
+from msam_optax.reductions import all_finite
+from msam_optax.reductions import mean
 
 
 class SharpnessAwareState(NamedTuple):
@@ -44,7 +57,10 @@ class SharpnessAwareState(NamedTuple):
     radius: ``‖δ‖₂`` as really used, after mask, schedule and rounding: zero in
       bfloat16 says that the perturbation was lost.
     probe_value: ``ℓ(w+δ)``; recorded if ``value_and_grad_fn`` is given.
-    rise: ``ℓ(w+δ) − ℓ(w)``; recorded if ``value_and_grad_fn`` and ``value`` are.
+    rise: ``ℓ(w+δ) − ℓ(w)``; recorded if ``value_and_grad_fn`` and ``value`` are. If it
+      is negative at a small radius, what came into ``update`` was no gradient.
+    finite: bool, whether the update is finite, so the gradient at the params and the
+      one at the probe; True before the first step.
     metric_state: the metric's own state.
   """
 
@@ -53,6 +69,7 @@ class SharpnessAwareState(NamedTuple):
   radius: jax.Array
   probe_value: jax.Array
   rise: jax.Array
+  finite: jax.Array
   metric_state: Any
 
 
@@ -81,9 +98,19 @@ def sharpness_aware(
   records the loss at the probe and, if ``value=`` (the loss at ``w``) is given,
   its rise. Other extra arguments are left to others in the chain.
 
+  **It comes first in the chain.** What reaches it must be the gradient at ``params``:
+  behind an optimizer it would perturb downhill and return a gradient that is added to
+  the parameters, and behind clipping its radius would be another. Nothing that it sees
+  can tell, unless the gradient is given a second time, ``grad=grads``: then anything
+  else raises.
+
   Where the gradient is zero there is no perturbation, and the plain gradient goes
   through. Where it is not finite there is none either, and the result is not finite
-  in the same leaves, so that ``optax.apply_if_finite`` sees it.
+  in the same leaves, so that ``optax.apply_if_finite`` sees it. So is a gradient at the
+  probe that is not, as with loss scaling in half precision, whose own flag covers the
+  clean pass only: ``optax.tree.get(state, 'finite')`` covers both. Leaves whose
+  gradient is None are not moved. The collection in which Flax keeps its FP8 scaling
+  factors is not moved either, and gets the new values of the clean pass.
 
   Args:
     metric: what uphill means, e.g. ``monge()`` or ``euclidean()``.
@@ -140,20 +167,24 @@ def sharpness_aware(
     )
   _check_dtype(perturbation_dtype)
 
-  def average(tree):
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+  average = functools.partial(mean, axis_name=axis_name)
 
   def init(params):
+    params = _fast(params)
     check_unmasked(params)
+    check_arrays(params)
     # optax.tree.map_params calls with a stand-in without leaves.
     if jax.tree.leaves(params):
-      admitted = resolve_mask(mask, params)
-      check_admits(admitted)
-      check_params(params, admitted)
+      moved = admitted(mask, params)
+      check_admits(moved)
+      check_params(params, moved)
     # Four arrays, not four times one: a donated buffer may be given only once.
     zeros = [jnp.zeros([], wide_dtype(params)) for _ in range(4)]
     return SharpnessAwareState(
-      jnp.zeros([], jnp.int32), *zeros, metric_state=metric.init(params)
+      jnp.zeros([], jnp.int32),
+      *zeros,
+      finite=jnp.ones([], bool),
+      metric_state=metric.init(params),
     )
 
   def update(
@@ -167,26 +198,40 @@ def sharpness_aware(
     **extra_args,
   ):
     evaluate = evaluation(grad_fn, value_and_grad_fn, extra_args)
-    _check_inputs(updates, params)
+    params = _fast(params)
+    _check_inputs(updates, params, extra_args)
+    present = has_leaf(updates, params)
+    updates = fill(updates, present, params)
+    moved = jax.tree.map(operator.and_, admitted(mask, params), present)
+    check_admits(moved)
     check_axes(params, param_specs, axis_name)
+    check_averaged(params, axis_name)
     check_varying(updates, axis_name)
-    admitted = resolve_mask(mask, params)
-    check_admits(admitted)
-    check_sharded(updates, param_specs, admitted)
-    w = _cast(params, perturbation_dtype, admitted)
-    g = _cast(updates, perturbation_dtype, admitted)
+    check_sharded(updates, param_specs, moved)
+    w = _cast(params, perturbation_dtype, moved)
+    g = _cast(updates, perturbation_dtype, moved)
     ascent, metric_state = ascend(
       metric,
       average(g) if sync_ascent else g,
       state.metric_state,
       w,
-      mask=admitted,
+      mask=moved,
       param_specs=param_specs,
     )
-    probe = perturb(w, ascent, value_at('rho', rho, state.count), mask=admitted)
+    probe = perturb(w, ascent, value_at('rho', rho, state.count), mask=moved)
     check_probe(probe, params, updates)
-    probe_value, probe_grads = evaluate(probe, g, perturbation_dtype is None)
-    radius = distance(probe, w, mask=admitted, param_specs=param_specs)
+    probe_value, probe_grads = evaluate(
+      probe, leave_out(g, present), dtypes=perturbation_dtype is None
+    )
+    probe_grads = fill(probe_grads, present, params)
+    radius = distance(probe, w, mask=moved, param_specs=param_specs)
+    new_updates = settle(probe_grads, updates, radius, average, param_specs=param_specs)
+    new_updates = jax.tree.map(
+      lambda replaced, new, clean: clean if replaced else new,
+      overwritten(params),
+      new_updates,
+      updates,
+    )
     scalars = {
       'slope': ascent.slope,
       'radius': radius,
@@ -195,14 +240,14 @@ def sharpness_aware(
     }
     new_state = SharpnessAwareState(
       count=optax.safe_increment(state.count),
+      finite=all_finite(new_updates, param_specs),
       metric_state=metric_state,
       **{
         name: _record(average(new), like=getattr(state, name))
         for name, new in scalars.items()
       },
     )
-    new_updates = settle(probe_grads, updates, radius, average, param_specs=param_specs)
-    return new_updates, new_state
+    return leave_out(new_updates, present), new_state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -247,15 +292,23 @@ def normalize_by(
   return optax.GradientTransformation(init, update)
 
 
-def _check_inputs(grads, params):
+def _fast(params):
+  """The parameters that gradients are taken at, where optax.lookahead has two sets."""
+  return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
+def _check_inputs(grads, params, extra_args):
   if params is None:
     raise ValueError(
       'A sharpness-aware transformation perturbs the parameters and needs them:'
       ' `tx.update(grads, state, params, grad_fn=grad_fn)`.'
     )
   check_unmasked(params)
+  check_arrays(params)
   what = 'The gradients given to `update` must be like the params'
-  check_like(grads, params, what=pair_hint(grads, params) + what, dtypes=False)
+  expected = leave_out(params, has_leaf(grads, params))
+  check_like(grads, expected, what=pair_hint(grads, params) + what, dtypes=False)
+  check_first(grads, extra_args.get('grad'))
 
 
 def _check_dtype(dtype):
@@ -284,7 +337,9 @@ def _rise(value, probe_value):
       '`value`, the loss at the params, must be a scalar, got shape'
       f' {jnp.shape(value)}.'
     )
-  return probe_value - value
+  return widen(probe_value, like=(value, probe_value)) - widen(
+    value, like=(value, probe_value)
+  )
 
 
 def _record(new, *, like):

@@ -322,7 +322,7 @@ def test_mask_of_traced_bools_is_refused():
   run = jax.jit(
     lambda mask: perturb(jnp.ones(2), ascent_along(jnp.ones(2)), 0.1, mask=mask)
   )
-  with pytest.raises(TypeError, match='`mask` must hold one bool a leaf'):
+  with pytest.raises(TypeError, match='`mask` must hold one bool per leaf'):
     run(True)
 
 

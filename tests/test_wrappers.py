@@ -130,7 +130,7 @@ def test_inside_flatten():
   ids=['MultiSteps-in-chain', 'split_real_and_imaginary'],
 )
 def test_inside_a_wrapper_that_drops_extra_arguments(wrap):
-  with pytest.raises(ValueError, match='wrapper does not pass it on'):
+  with pytest.raises(ValueError, match='wrapper does not forward it'):
     step(wrap())
 
 
