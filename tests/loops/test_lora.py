@@ -1,0 +1,199 @@
+"""LoRA: factors of low rank are trained, and the matrices that they change are not.
+
+Frozen leaves are neither moved nor part of the norm, whether masks leave them out or
+the loss closes over them.
+"""
+
+import functools
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from msam_optax import by_name
+from tests.loops import hand
+
+pytestmark = pytest.mark.standard_promotion
+
+STEPS, RANK, EPS = 3, 2, 1e-3
+X = hand.normal(1, STEPS, 8, 4) + 0.5
+Y = hand.normal(2, STEPS, 8, 3)
+BATCHES = list(zip(X, Y, strict=True))
+METHODS = pytest.mark.parametrize('method', ['msam', 'sam', 'asam'])
+FACTORS = by_name('lora_a', 'lora_b')
+IS_FACTOR = lambda path: 'lora' in path
+
+
+class LoRADense(nn.Module):
+  """A dense layer ``x (W + A B) + b``."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.normal(0.5)
+    a = self.param('lora_a', init, (x.shape[-1], RANK))
+    b = self.param('lora_b', init, (RANK, self.features))
+    return nn.Dense(self.features, name='base')(x) + (x @ a) @ b
+
+
+class Net(nn.Module):
+  """Two layers with adapters."""
+
+  @nn.compact
+  def __call__(self, x):
+    return LoRADense(3)(nn.tanh(LoRADense(6)(x)))
+
+
+MODEL = Net()
+PARAMS = hand.init(MODEL.init, jax.random.key(0), X[0])['params']
+
+
+def loss_fn(params, x, y):
+  return jnp.mean((MODEL.apply({'params': params}, x) - y) ** 2)
+
+
+def frozen(params):
+  return jax.tree.map(lambda trained: not trained, FACTORS(params))
+
+
+def split(params):
+  """Factors and the rest, as trees with None in the places of the others."""
+  pick = lambda chosen: jax.tree.map(lambda p, c: p if c else None, params, chosen)
+  return pick(FACTORS(params)), pick(frozen(params))
+
+
+def join(factors, base):
+  is_none = lambda x: x is None
+  return jax.tree.map(
+    lambda a, b: b if a is None else a, factors, base, is_leaf=is_none
+  )
+
+
+def joined_loss(factors, base, x, y):
+  return loss_fn(join(factors, base), x, y)
+
+
+GRAD = jax.jit(jax.grad(joined_loss))
+
+
+@functools.cache
+def by_hand(method):
+  """Training of the factors alone."""
+  factors, base = split(PARAMS)
+  take = lambda factors, _, batch: (GRAD(factors, base, *batch), None)
+  optimizer = hand.adam(0.01, eps=EPS)
+  factors, _ = hand.train(
+    method, take, factors, None, BATCHES, optimizer, weights=IS_FACTOR
+  )
+  return join(factors, base)
+
+
+def run(step, params, opt_state):
+  step = jax.jit(step)
+  for x, y in BATCHES:
+    params, opt_state = step(params, opt_state, x, y)
+  return params
+
+
+def check(params, method):
+  chex.assert_trees_all_close(params, by_hand(method), rtol=1e-5, atol=2e-6)
+  chex.assert_trees_all_equal(split(params)[1], split(PARAMS)[1])
+
+
+def base_optimizer():
+  return optax.chain(
+    optax.masked(optax.adam(0.01, eps=EPS), FACTORS),
+    optax.masked(optax.set_to_zero(), frozen),
+  )
+
+
+def partition_optimizer():
+  labels = lambda params: jax.tree.map(
+    lambda trained: 'lora' if trained else 'base', FACTORS(params)
+  )
+  transforms = {'lora': optax.adam(0.01, eps=EPS), 'base': optax.set_to_zero()}
+  return optax.partition(transforms, labels)
+
+
+@pytest.mark.parametrize('optimizer', [base_optimizer, partition_optimizer])
+@METHODS
+def test_mask_chain(method, optimizer):
+  tx = optax.chain(hand.transformation(method, mask=FACTORS), optimizer())
+
+  def step(params, opt_state, x, y):
+    grad_fn = lambda params: jax.grad(loss_fn)(params, x, y)
+    updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
+    return optax.apply_updates(params, updates), opt_state
+
+  check(run(step, PARAMS, tx.init(PARAMS)), method)
+
+
+@METHODS
+def test_mask_drop_in(method):
+  tx = base_optimizer()
+
+  def step(params, opt_state, x, y):
+    _, grads = hand.drop_in(method, loss_fn, mask=FACTORS)(params, x, y)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  check(run(step, PARAMS, tx.init(PARAMS)), method)
+
+
+@pytest.mark.parametrize('door', ['chain', 'drop-in'])
+@METHODS
+def test_gradient_of_the_factors_alone(method, door):
+  """The optimizer never sees the base: what most code for adapters does."""
+  factors, base = split(PARAMS)
+  head = [hand.transformation(method)] if door == 'chain' else []
+  tx = optax.chain(*head, optax.adam(0.01, eps=EPS))
+
+  def step(factors, opt_state, x, y):
+    if door == 'chain':
+      grad_fn = lambda factors: jax.grad(joined_loss)(factors, base, x, y)
+      grads, extra = grad_fn(factors), {'grad_fn': grad_fn}
+    else:
+      _, grads = hand.drop_in(method, joined_loss)(factors, base, x, y)
+      extra = {}
+    updates, opt_state = tx.update(grads, opt_state, factors, **extra)
+    return optax.apply_updates(factors, updates), opt_state
+
+  check(join(run(step, factors, tx.init(factors)), base), method)
+
+
+@METHODS
+def test_base_in_another_argument(method):
+  """Plain JAX: two dicts, of which the first is trained."""
+  factors = {'a': hand.normal(4, 4, RANK), 'b': hand.normal(5, RANK, 3)}
+  base = {'w': hand.normal(3, 4, 3)}
+
+  def loss(factors, base, x, y):
+    w = base['w'] + factors['a'] @ factors['b']
+    return jnp.mean((jnp.tanh(x @ w) - y) ** 2)
+
+  tx = optax.chain(hand.transformation(method), optax.sgd(0.1))
+
+  def step(factors, opt_state, x, y):
+    grad_fn = lambda factors: jax.grad(loss)(factors, base, x, y)
+    updates, opt_state = tx.update(
+      grad_fn(factors), opt_state, factors, grad_fn=grad_fn
+    )
+    return optax.apply_updates(factors, updates), opt_state
+
+  take = lambda factors, _, batch: (jax.grad(loss)(factors, base, *batch), None)
+  expected, _ = hand.train(
+    method,
+    take,
+    factors,
+    None,
+    BATCHES,
+    hand.sgd(0.1),
+    # `b` is what biases are called, in Haiku for instance.
+    weights=lambda path: path == "['a']",
+  )
+  chained = run(step, factors, tx.init(factors))
+  chex.assert_trees_all_close(chained, expected, rtol=1e-5, atol=2e-6)
