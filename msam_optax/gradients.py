@@ -13,13 +13,15 @@ import numpy as np
 from msam_optax.checks import check_axes
 from msam_optax.checks import check_axis_name
 from msam_optax.hyperparameters import check_number
+from msam_optax.hyperparameters import is_schedule
 from msam_optax.losses import check_trained
 from msam_optax.losses import differentiated
 from msam_optax.losses import divisor
 from msam_optax.losses import map_gradients
-from msam_optax.losses import overwritten
+from msam_optax.losses import new_values
+from msam_optax.masks import admitted
 from msam_optax.masks import OVERWRITTEN
-from msam_optax.masks import resolve_mask
+from msam_optax.masks import overwritten
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
 from msam_optax.numerics import widen
@@ -246,7 +248,7 @@ def without_state(
   Raises:
     ValueError: if ``rho`` is a schedule; when called, if the metric has a state.
   """
-  if callable(rho):
+  if is_schedule(rho):
     raise ValueError(
       'A schedule for `rho` needs a step count, which `value_and_grad` does not'
       ' have: give its value, as in `value_and_grad(loss_fn, metric,'
@@ -296,7 +298,7 @@ def _looped(take, *, at_probe, argnums, cast, wide, average, synced):
 
       def grad_fn(probe):
         output, grads = take(*_replace(args, argnums, probe), **kwargs)
-        outputs.append((output, overwritten(grads)))
+        outputs.append((output, new_values(grads)))
         return jax.tree.map(lambda x, g: x.astype(g.dtype), grads, g)
 
       grads = at_probe(g, params, grad_fn)
@@ -305,10 +307,10 @@ def _looped(take, *, at_probe, argnums, cast, wide, average, synced):
     start = zeros_like(params, synced)
     start = cast(map_gradients(widen, start) if wide else start, params)
     grads, outputs = jax.lax.scan(one_pass, start, length=2)
-    output, new_values = jax.tree.map(lambda x: x[0], outputs)
+    output, replaced = jax.tree.map(lambda x: x[0], outputs)
     grads = jax.tree.map(
       lambda new, g: g if new is None else new,
-      new_values,
+      replaced,
       grads,
       is_leaf=lambda x: x is None,
     )
@@ -376,7 +378,7 @@ def _check_scale(loss_scale, perturbation_dtype):
 
 def _check_overwritten(params, shards, axis_name):
   parts = 'axis_name' if shards is None else 'shards'
-  if (shards, axis_name) != (None, None) and jax.tree.leaves(overwritten(params)):
+  if (shards, axis_name) != (None, None) and any(jax.tree.leaves(overwritten(params))):
     raise ValueError(
       f'The parameters hold the collection {OVERWRITTEN!r}, whose "gradients" are new'
       f' values and cannot be averaged over the parts of a batch that `{parts}` makes.'
@@ -390,7 +392,7 @@ def _cast(grads, params, *, dtype, mask):
   if dtype is None:
     return grads
   cast = lambda g, moved: g.astype(dtype) if moved else g
-  return map_gradients(cast, grads, resolve_mask(mask, params))
+  return jax.tree.map(cast, grads, admitted(mask, params))
 
 
 def _select(args, argnums):

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from msam_optax.checks import varying_axes
 from msam_optax.masks import at_path
-from msam_optax.masks import OVERWRITTEN
-from msam_optax.masks import path_names
+from msam_optax.masks import overwritten
 from msam_optax.numerics import widen
 
 
@@ -43,8 +42,8 @@ def differentiated(
 ) -> Pass:
   """One pass: a loss and its gradient.
 
-  What is differentiated is ``loss_scale · total / weight``, and the gradient is divided
-  by ``loss_scale``. Where the weight is zero nothing is divided by it.
+  What is differentiated is about ``loss_scale · total / weight``; the gradient is that
+  of ``total / weight``, or of ``total`` where the weight is zero.
 
   Args:
     loss_fn: returns a scalar, or ``(total, weight)``; of that and ``aux`` a pair.
@@ -74,7 +73,7 @@ def differentiated(
     if factor is None:
       return output, grads
     check_weight_is_summed(output.weight, grads)
-    # By the factor as it was rounded to the dtype of the loss.
+    # The factor as it was rounded to the dtype of the loss.
     scale = widen(factor, like=(factor, output.weight)) * divisor(output.weight)
     return output, map_gradients(lambda g: _divide(widen(g), scale), grads)
 
@@ -88,17 +87,18 @@ def divisor(weight: jax.Array | None) -> Any:
 
 def map_gradients(f: Callable[..., Any], grads: Any, *others: Any) -> Any:
   """``f`` of each gradient, not of the new values that stand in the place of some."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, g, *xs: g if OVERWRITTEN in path_names(path) else f(g, *xs),
+  return jax.tree.map(
+    lambda replaced, g, *xs: g if replaced else f(g, *xs),
+    overwritten(grads),
     grads,
     *others,
   )
 
 
-def overwritten(tree: Any) -> Any:
-  """The tree with None for each leaf but those of Flax's overwritten collection."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: x if OVERWRITTEN in path_names(path) else None, tree
+def new_values(grads: Any) -> Any:
+  """The new values that stand in the place of some gradients; None for the others."""
+  return jax.tree.map(
+    lambda replaced, g: g if replaced else None, overwritten(grads), grads
   )
 
 
@@ -156,11 +156,19 @@ def _divide(g, scale):
 
 
 def _factor(loss, weight, loss_scale):
-  """What a loss is multiplied by before it is differentiated, in its dtype."""
+  """What a loss is multiplied by before it is differentiated, in its dtype.
+
+  Its weight is rounded to a power of two for that, which costs no bit of a gradient in
+  half precision; the rest is divided by in float32.
+  """
   if weight is None and loss_scale is None:
     return None
   scale = widen(1.0 if loss_scale is None else loss_scale, like=(loss, weight))
-  return (scale / divisor(weight)).astype(jnp.result_type(loss))
+  if weight is not None:
+    count = divisor(weight)
+    mantissa, _ = jnp.frexp(count)
+    scale = scale / (count / mantissa)
+  return scale.astype(jnp.result_type(loss))
 
 
 def _parts(result, has_aux, has_weight):
