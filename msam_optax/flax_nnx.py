@@ -1,14 +1,22 @@
 """Flax NNX: gradients of models, at the probe, that leave the model as it is."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import functools
+import inspect
+import operator
 from typing import Any
+from typing import NamedTuple
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from msam_optax import gradients
 from msam_optax.gradients import without_state
+from msam_optax.masks import at_path
+from msam_optax.masks import resolve_mask
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
 
@@ -18,7 +26,7 @@ def value_and_grad(
   metric: Metric = monge(),
   rho: float | jax.Array = 0.05,
   *,
-  argnums: int | nnx.DiffState = 0,
+  argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
   has_aux: bool = False,
   mask: Any = None,
   axis_name: Any = None,
@@ -40,13 +48,16 @@ def value_and_grad(
     metric: what uphill means; one without state, e.g. ``monge(alpha=1.0)``.
     rho: ``ρ``, the radius, scalar >= 0, a number or an array.
     argnums: the position of the model, or ``nnx.DiffState(position, filter)`` where
-      only some variables are trained, e.g. ``nnx.DiffState(0, nnx.LoRAParam)``.
+      only some variables are trained, e.g. ``nnx.DiffState(0, nnx.LoRAParam)``; or
+      several of these, which move together. An argument may also be a tuple, list or
+      dict of models, or a state that was split off a model.
     has_aux: whether ``loss_fn`` returns ``(scalar, aux)``.
-    mask: which leaves of the model's state are moved, see :func:`sharpness_aware`.
-    axis_name: the mapped axis over which the gradient at the probe is averaged.
-    sync_ascent: whether to average the gradient for the ascent, too.
-    param_specs: how the model's state is sharded inside ``shard_map``, see
+    mask: which leaves are moved, in the structure of the gradients, see
       :func:`sharpness_aware`.
+    axis_name: the mapped axis over which the gradient at the probe is averaged.
+    sync_ascent: whether to average the gradient for the ascent as well.
+    param_specs: how the parameters are sharded inside ``shard_map``, in the structure
+      of the gradients, see :func:`sharpness_aware`.
     perturbation_dtype: floating dtype of the probe, by default that of the params.
     compile_once: whether to run both passes as two iterations of one loop, see
       :func:`msam_optax.value_and_grad`. The auxiliary output then holds arrays only,
@@ -55,13 +66,16 @@ def value_and_grad(
 
   Returns:
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
-    ``((value, aux), grads)``, as ``nnx.value_and_grad`` does.
+    ``((value, aux), grads)``; ``grads`` has the structure that ``nnx.value_and_grad``
+    gives. (In NNX's tree mode that is the model itself, with gradients of all its
+    variables. Its ``nnx.Param`` are moved, and the others stay where they are.)
 
   Raises:
-    TypeError: if ``metric`` is no metric, or a parameter not real floating point.
+    TypeError: if ``metric`` is no metric, a parameter not real floating point, or what
+      ``loss_fn`` returns not what ``has_aux`` says.
     ValueError: if ``rho`` is a schedule, negative or not finite, if the metric has a
-      state, the mask does not fit, or, with ``compile_once``, the pass changes more
-      about the model than values.
+      state, the mask does not fit, ``argnums`` names no model, or, with
+      ``compile_once``, the pass changes more about the model than values.
 
   Examples:
     >>> from flax import nnx
@@ -83,22 +97,27 @@ def value_and_grad(
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
   options = {
-    'mask': mask,
     'axis_name': axis_name,
     'sync_ascent': sync_ascent,
     'param_specs': param_specs,
     'perturbation_dtype': perturbation_dtype,
   }
-  make = _in_one_loop if compile_once else _in_two_copies
-  return functools.wraps(loss_fn)(
-    make(loss_fn, metric, rho, argnums=argnums, has_aux=has_aux, **options)
-  )
+  _check_unbound(loss_fn)
+  without_state(metric, rho, mask=mask, **options)  # Raises early what it raises.
+  take = _in_one_loop if compile_once else _in_two_copies
+
+  def value_and_grad_at_probe(*args, **kwargs):
+    start = _start(loss_fn, args, kwargs, argnums, has_aux)
+    return take(start, metric, rho, mask=_moved(mask, start), **options)
+
+  # A loss function may be a module, whose attributes are not to be copied.
+  return functools.update_wrapper(value_and_grad_at_probe, loss_fn, updated=())
 
 
 def grad_fn(
   loss_fn: Callable[..., Any],
   *args: Any,
-  argnums: int | nnx.DiffState = 0,
+  argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
   has_aux: bool = False,
   **kwargs: Any,
 ) -> Callable[[Any], Any]:
@@ -111,13 +130,20 @@ def grad_fn(
   Args:
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
     *args: the model, and what else ``loss_fn`` takes.
-    argnums: the position of the model, or ``nnx.DiffState(position, filter)``.
+    argnums: the position of the model, ``nnx.DiffState(position, filter)``, or several
+      of these.
     has_aux: whether ``loss_fn`` returns ``(scalar, aux)``.
     **kwargs: keyword arguments of ``loss_fn``.
 
   Returns:
     A function from the model's parameters (a state, as ``nnx.state`` gives and an
-    ``nnx.Optimizer`` has) to gradients of the same structure.
+    ``nnx.Optimizer`` has, or part of it) to gradients of the same structure.
+
+  Raises:
+    TypeError: if ``argnums`` is no position, or, when the function is called, what
+      ``loss_fn`` returns is not what ``has_aux`` says.
+    ValueError: if ``argnums`` names no model, or, when the function is called, the
+      gradients are not of the variables that it gets.
 
   Examples:
     >>> from flax import nnx
@@ -143,7 +169,7 @@ def grad_fn(
 def value_and_grad_fn(
   loss_fn: Callable[..., Any],
   *args: Any,
-  argnums: int | nnx.DiffState = 0,
+  argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
   has_aux: bool = False,
   **kwargs: Any,
 ) -> Callable[[Any], tuple[jax.Array, Any]]:
@@ -152,12 +178,17 @@ def value_and_grad_fn(
   Args:
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
     *args: the model, and what else ``loss_fn`` takes.
-    argnums: the position of the model, or ``nnx.DiffState(position, filter)``.
+    argnums: the position of the model, ``nnx.DiffState(position, filter)``, or several
+      of these.
     has_aux: whether ``loss_fn`` returns ``(scalar, aux)``; aux is dropped.
     **kwargs: keyword arguments of ``loss_fn``.
 
   Returns:
     A function from the model's parameters to the loss and its gradients.
+
+  Raises:
+    TypeError: see :func:`grad_fn`.
+    ValueError: see :func:`grad_fn`.
 
   Examples:
     >>> from flax import nnx
@@ -172,90 +203,215 @@ def value_and_grad_fn(
     >>> print(f"{optax.tree.get(optimizer.opt_state, 'rise')[...]:.4f}")  # 0.05·√2
     0.0707
   """
-  take = nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
-  position = _position(argnums, args)
-  start = nnx.clone((args, kwargs))
+  _check_unbound(loss_fn)
+  start = _start(loss_fn, args, kwargs, argnums, has_aux)
 
   def take_at(params):
-    new_args, new_kwargs = nnx.clone(start)
-    nnx.update(new_args[position], params)
-    value, grads = take(*new_args, **new_kwargs)
-    if nnx.to_flat_state(nnx.state(grads)).paths != nnx.to_flat_state(params).paths:
+    probe = _by_path(params, start.argnums)
+    value, grads = _take(start)(*_merge(start, probe))
+    grads = _by_path(grads, start.argnums)
+    if missing := [path for path in probe if path not in grads]:
       raise ValueError(
         'The gradients that `loss_fn` has are of other variables than those that are'
-        ' trained. Where only some are trained, give the same'
-        ' `argnums=nnx.DiffState(position, filter)` here and to nnx.value_and_grad,'
-        ' and the same filter as `wrt` of nnx.Optimizer.'
+        f' trained: they have none at {_names(missing[0])}. Where only some are'
+        ' trained, give the same `argnums=nnx.DiffState(position, filter)` here and to'
+        ' nnx.value_and_grad, and the same filter as `wrt` of nnx.Optimizer.'
       )
-    grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
-    return value[0] if has_aux else value, grads
+    return value[0] if has_aux else value, _fill(params, grads, start.argnums)
 
   return take_at
 
 
-def _in_two_copies(loss_fn, metric, rho, *, argnums, has_aux, **options):
+class _Start(NamedTuple):
+  """What a loss function is called with, as it is before the first pass.
+
+  Attributes:
+    loss_fn: the loss as a function of positional arguments, whose result is checked.
+    argnums: which of these are trained, as NNX takes it; none is negative.
+    has_aux: whether the loss function returns ``(scalar, aux)``.
+    inputs: the arguments themselves.
+    graph: what they are without their arrays.
+    state: copies of all variables (and arrays), by their paths in ``inputs``.
+    params: those that are trained, in the structure that NNX gives to gradients.
+  """
+
+  loss_fn: Callable[..., Any]
+  argnums: Any
+  has_aux: bool
+  inputs: tuple[Any, ...]
+  graph: Any
+  state: dict[Any, Any]
+  params: Any
+
+
+def _start(loss_fn, args, kwargs, argnums, has_aux):
+  args, kwargs = _positional(loss_fn, args, kwargs)
+
+  def checked(*inputs):
+    return _check_output(loss_fn(*inputs[:-1], **inputs[-1]), has_aux)
+
+  argnums = _check_argnums(argnums, len(args))
+  trained = [_position(argnum) for argnum in _tuple(argnums)]
+  inputs = tuple(
+    _without_floats(x) if i in trained else x for i, x in enumerate((*args, kwargs))
+  )
+  graph, state = nnx.split(inputs)
+  state = {path: _copy(x) for path, x in nnx.to_flat_state(state)}
+  start = _Start(checked, argnums, has_aux, inputs, graph, state, None)
+  return start._replace(params=_fill(_like_gradients(start), state, argnums))
+
+
+def _in_two_copies(start, metric, rho, **options):
   at_probe = without_state(metric, rho, **options)
-  clean = nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)
+  take = _take(start)
+  value, grads = take(*start.inputs)
 
-  def value_and_grad_at_probe(*args, **kwargs):
-    # Copies, made before the clean pass changes variables (statistics, counters).
-    take = grad_fn(loss_fn, *args, argnums=argnums, has_aux=has_aux, **kwargs)
-    params = jax.tree.map(lambda x: x, _trained(args, argnums))
-    value, grads = clean(*args, **kwargs)
-    return value, at_probe(grads, params, take)
+  def grad_fn(probe):
+    return take(*_merge(start, _by_path(probe, start.argnums)))[1]
 
-  return value_and_grad_at_probe
+  return value, at_probe(grads, start.params, grad_fn)
 
 
-def _in_one_loop(loss_fn, metric, rho, *, argnums, has_aux, **options):
-  def pure(params, graph, state):
+def _in_one_loop(start, metric, rho, **options):
+  def pure(params):
     """The loss, and what the pass has changed, as functions of arrays."""
-    # New variables: those of the caller may not be changed while this is traced.
-    args, kwargs = nnx.merge(graph, jax.tree.map(lambda x: x, state))
-    nnx.update(args[_position(argnums, args)], params)
-    before = nnx.graphdef((args, kwargs)), _arrays((args, kwargs))
-    output = loss_fn(*args, **kwargs)
-    value, aux = output if has_aux else (output, None)
-    trained = [
-      (0, _position(argnums, args) % len(args), *path)
-      for path, _ in nnx.to_flat_state(params)
-    ]
-    return value, (aux, _changed((args, kwargs), before, trained))
+    trained = _by_path(params, start.argnums)
+    inputs = _merge(start, trained)
+    before = nnx.graphdef(inputs), _arrays(inputs)
+    output = start.loss_fn(*inputs)
+    value, aux = output if start.has_aux else (output, None)
+    _check_arrays(aux)
+    return value, (aux, _changed(inputs, before, trained))
 
   take = gradients.value_and_grad(
     pure, metric, rho, has_aux=True, compile_once=True, **options
   )
-
-  def value_and_grad_at_probe(*args, **kwargs):
-    params = _trained(args, argnums)
-    (value, (aux, changed)), grads = take(params, *nnx.split((args, kwargs)))
-    nnx.update((args, kwargs), changed)
-    return (value, aux) if has_aux else value, grads
-
-  return value_and_grad_at_probe
+  (value, (aux, changed)), grads = take(start.params)
+  nnx.update(start.inputs, changed)
+  return (value, aux) if start.has_aux else value, grads
 
 
-def _trained(args, argnums):
-  """The state of the variables that gradients are taken of."""
-  wrt = argnums.filter if isinstance(argnums, nnx.DiffState) else nnx.Param
-  model = args[_position(argnums, args)]
-  # NNX has no state of what is an array itself.
-  params = {} if hasattr(model, 'shape') else nnx.state(model, wrt)
-  if not jax.tree.leaves(params):
-    raise ValueError(
-      f'The argument number {_position(argnums, args)} of `loss_fn`, a'
-      f' {type(model).__name__}, has no variables of the type {wrt!r}: give the'
-      ' position of the model as `argnums`, or nnx.DiffState(position, filter).'
+def _take(start):
+  return nnx.value_and_grad(start.loss_fn, argnums=start.argnums, has_aux=start.has_aux)
+
+
+def _positional(loss_fn, args, kwargs):
+  """As many arguments by position as can be, as NNX does."""
+  if not kwargs:
+    return args, kwargs
+  try:
+    bound = inspect.signature(loss_fn).bind(*args, **kwargs)
+  except (TypeError, ValueError):  # The call says better what is wrong.
+    return args, kwargs
+  return bound.args, bound.kwargs
+
+
+def _like_gradients(start):
+  """The structure that NNX gives to gradients, without arrays."""
+
+  def structure():
+    zero = nnx.grad(lambda *inputs: jnp.zeros(()), argnums=start.argnums)
+    return zero(*_merge(start))
+
+  try:
+    like = jax.eval_shape(structure)
+  except TypeError as error:
+    error.add_note(
+      'These are gradients of all variables, as NNX takes them in tree mode. Split the'
+      ' model, `graph, params, rest = nnx.split(model, nnx.Param, ...)`, and let'
+      ' `loss_fn` take `params` and the others, and merge them.'
     )
-  return params
+    raise
+  several = isinstance(start.argnums, tuple)
+  for argnum, part in zip(
+    _tuple(start.argnums), like if several else (like,), strict=True
+  ):
+    _check_variables(argnum, part, start)
+  return like
+
+
+def _moved(mask, start):
+  """A mask that leaves out what has gradients in tree mode and is no parameter."""
+
+  def trained(node):
+    if _is_variable(node) or not _is_node(node):
+      return True
+    return jax.tree.map(
+      lambda x: jax.tree.map(lambda _: isinstance(x, nnx.Param), x),
+      node,
+      is_leaf=_is_variable,
+    )
+
+  moved = resolve_mask(
+    jax.tree.map(trained, start.params, is_leaf=_is_node), start.params
+  )
+  if all(jax.tree.leaves(moved)):
+    return mask
+  return jax.tree.map(operator.and_, resolve_mask(mask, start.params), moved)
+
+
+def _is_variable(x):
+  return isinstance(x, nnx.Variable)
+
+
+def _is_node(x):
+  return _is_variable(x) or nnx.graph.is_graph_node(x)
+
+
+def _without_floats(tree):
+  """Numbers as arrays, which they are to a gradient."""
+  return jax.tree.map(
+    lambda x: jnp.asarray(x) if isinstance(x, float) else x, tree, is_leaf=_is_node
+  )
+
+
+def _copy(leaf):
+  """A variable that does not change with the one that it is of."""
+  return jax.tree.map(lambda x: x, leaf)
+
+
+def _merge(start, params=()):
+  """New arguments as at the start, but for some parameters, by their paths."""
+  params = dict(params)
+  leaves = []
+  for path, x in start.state.items():
+    new = jax.tree.leaves(params.get(path, x))
+    leaves.append((path, jax.tree.unflatten(jax.tree.structure(x), new)))
+  return nnx.merge(start.graph, nnx.from_flat_state(leaves))
+
+
+def _by_path(tree, argnums):
+  """The leaves of parameters or gradients by their paths in the arguments."""
+  flat: list[tuple[Any, Any]] = list(nnx.to_flat_state(nnx.state((tree,))))
+  if isinstance(argnums, tuple):
+    return {(_position(argnums[path[1]]), *path[2:]): x for path, x in flat}
+  return {(_position(argnums), *path[1:]): x for path, x in flat}
+
+
+def _fill(tree, leaves, argnums):
+  """A tree with other leaves, which are given by their paths in the arguments."""
+  numbers = [np.asarray(i) for i in range(len(jax.tree.leaves(tree)))]
+  structure = jax.tree.structure(tree)
+  filled = list(numbers)
+  for path, place in _by_path(structure.unflatten(numbers), argnums).items():
+    new = jax.tree.leaves(leaves[path])
+    for i, x in zip(jax.tree.leaves(place), new, strict=True):
+      filled[int(i)] = x
+  return structure.unflatten(filled)
 
 
 def _arrays(node):
-  """The arrays in each variable, by its path."""
+  """The arrays in each variable and attribute, by its path.
+
+  Those in containers are left out: what a function does to its copy of a tuple or dict
+  is not seen by its caller.
+  """
+  bare = jax.tree.map(lambda x: None if _is_node(x) else x, node, is_leaf=_is_node)
+  containers = dict(nnx.to_flat_state(nnx.state(bare)))
   return {
     path: jax.tree.leaves(x)
     for path, x in nnx.to_flat_state(nnx.state(node))
-    if isinstance(x, nnx.Variable)
+    if path not in containers
   }
 
 
@@ -280,16 +436,98 @@ def _changed(node, before, trained):
   )
 
 
-def _position(argnums, args):
-  position = argnums.argnum if isinstance(argnums, nnx.DiffState) else argnums
-  if not isinstance(position, int):
-    raise TypeError(
-      '`argnums` must be the position of one model, or nnx.DiffState(position,'
-      f' filter), got {argnums!r}.'
-    )
-  if position >= len(args):
+def _tuple(argnums):
+  return argnums if isinstance(argnums, tuple) else (argnums,)
+
+
+def _position(argnum):
+  return argnum.argnum if isinstance(argnum, nnx.DiffState) else argnum
+
+
+def _names(path):
+  """A path in the arguments, for messages."""
+  return ''.join(f'[{name!r}]' for name in path[1:])
+
+
+def _check_unbound(loss_fn):
+  owner = getattr(loss_fn, '__self__', None)
+  if isinstance(owner, nnx.Module):
+    kind, name = type(owner).__name__, loss_fn.__name__
     raise ValueError(
-      f'The model must be a positional argument, number {position}, of `loss_fn`;'
-      f' there are {len(args)}.'
+      f'`loss_fn` is a method of a {kind}, which would not be an argument of it, and'
+      f' both passes would change it. Give `{kind}.{name}`, and the {kind} as first'
+      ' argument.'
     )
-  return position
+
+
+def _check_argnums(argnums, count):
+  """``argnums`` as NNX takes it, with positions from the front."""
+
+  def check(argnum):
+    position = _position(argnum)
+    if isinstance(position, bool) or not isinstance(position, (int, np.integer)):
+      raise TypeError(
+        '`argnums` must be the position of a model, nnx.DiffState(position, filter), or'
+        f' a sequence of these, got {argnums!r}.'
+      )
+    if not -count <= position < count:
+      raise ValueError(
+        f'`argnums` says that the model is the positional argument number {position} of'
+        f' `loss_fn`, but there are {count}.'
+      )
+    position = int(position) % count
+    return (
+      nnx.DiffState(position, argnum.filter)
+      if isinstance(argnum, nnx.DiffState)
+      else position
+    )
+
+  if not isinstance(argnums, (tuple, list)):
+    return check(argnums)
+  if not argnums:
+    raise ValueError('`argnums` is empty: give the position of the model.')
+  return tuple(check(argnum) for argnum in argnums)
+
+
+def _check_variables(argnum, like, start):
+  """Raises unless there are parameters at a position."""
+  nodes = jax.tree.leaves(like, is_leaf=_is_variable)
+  if any(_is_variable(x) for x in nodes):
+    return
+  model = start.inputs[_position(argnum)]
+  wrt = argnum.filter if isinstance(argnum, nnx.DiffState) else nnx.Param
+  raise ValueError(
+    f'The argument number {_position(argnum)} of `loss_fn`, of type'
+    f' {type(model).__name__}, has no variables of the type {wrt!r}: give the position'
+    ' of the model as `argnums`, or nnx.DiffState(position, filter). Parameters that'
+    ' are plain arrays are for `msam_optax.value_and_grad`.'
+  )
+
+
+def _check_output(output, has_aux):
+  if has_aux and not (isinstance(output, tuple) and len(output) == 2):
+    raise TypeError(
+      'With `has_aux=True` `loss_fn` must return `(loss, aux)`, but it returns a'
+      f' {type(output).__name__}.'
+    )
+  if not has_aux and isinstance(output, tuple):
+    raise TypeError(
+      '`loss_fn` must return the loss, a scalar, but it returns a tuple. If that is'
+      ' `(loss, aux)`, give `has_aux=True`.'
+    )
+  value: Any = output[0] if has_aux else output
+  if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value):
+    raise TypeError(
+      'The loss that `loss_fn` returns must be a scalar, but it is a'
+      f' {jax.tree.map(jnp.shape, value)}.'
+    )
+  return output
+
+
+def _check_arrays(aux):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+      raise TypeError(
+        'With `compile_once=True` the auxiliary output that `loss_fn` returns must hold'
+        f' arrays only, but {at_path(path)} there is a {type(leaf).__name__}.'
+      )
