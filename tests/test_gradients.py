@@ -1,8 +1,10 @@
 """The drop-in for ``jax.value_and_grad``."""
 
+import dataclasses
 import functools
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,3 +169,99 @@ def test_as_decorator():
   chex.assert_trees_all_equal(
     square(jnp.float32(3.0)), (jnp.float32(9), jnp.float32(6))
   )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Scale:
+  """Parameters that are a function."""
+
+  weight: jax.Array
+
+  def __call__(self, x):
+    return self.weight * x
+
+
+CALLABLE = {
+  'equinox': eqx.nn.Linear(2, 2, key=jax.random.key(0)),
+  'partial': jax.tree_util.Partial(jnp.multiply, jnp.array([0.5, -2.0])),
+  'dataclass': Scale(jnp.array([0.5, -2.0])),
+}
+MODES = [
+  {},
+  {'compile_once': True},
+  {'perturbation_dtype': 'float32', 'compile_once': True},
+  {'shards': 2},
+  {'shards': 2, 'sync_ascent': True, 'vectorize_shards': True},
+  {'loss_scale': 4.0, 'compile_once': True},
+]
+
+
+@pytest.mark.parametrize('options', MODES, ids=str)
+@pytest.mark.parametrize('name', CALLABLE)
+def test_parameters_may_be_a_function(name, options):
+  """ℓ = Σ f(x)² with equal parts: by the formula, with the leaves as plain arrays."""
+  model, x = CALLABLE[name], jnp.array([[1.0, 3.0]] * 2)
+  loss_fn = lambda m, x: jnp.sum(jnp.mean(jax.vmap(m)(x), axis=0) ** 2)
+  _, grads = msam_optax.value_and_grad(loss_fn, rho=0.3, **options)(model, x)
+  clean = jax.grad(loss_fn)(model, x)
+  n = np.sqrt(sum(np.sum(np.float64(g) ** 2) for g in jax.tree.leaves(clean)))
+  step = np.float32(0.3 / (n * np.sqrt(1 + n**2)))
+  probe = jax.tree.map(lambda w, g: w + step * g, model, clean)
+  chex.assert_trees_all_close(grads, jax.grad(loss_fn)(probe, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize('options', MODES, ids=str)
+def test_data_may_be_a_function(options):
+  """A frozen model beside the parameters, whole or in parts."""
+  frozen = Scale(jnp.array([1.0, 3.0, 1.0, 3.0]))
+  loss_fn = lambda w, f: jnp.mean(f(w) ** 2)
+  _, grad = msam_optax.value_and_grad(loss_fn, rho=0.3, **options)(
+    jnp.float32(0.5), frozen
+  )
+  # ℓ = 5w² in the whole as in each part: g = 5, δ = ρ/√26.
+  np.testing.assert_allclose(grad, 10 * (0.5 + 0.3 / np.sqrt(26)), rtol=1e-6)
+
+
+@pytest.mark.parametrize('options', MODES, ids=str)
+@pytest.mark.parametrize('what', ['rho', 'alpha'])
+def test_a_sweep_is_one_program(what, options):
+  """``vmap`` over a hyperparameter, each as it is alone: ℓ = w²/2 at 2."""
+
+  def take(value):
+    rho, alpha = (value, 2.0) if what == 'rho' else (0.5, value)
+    metric = msam_optax.monge(alpha)
+    loss_fn = lambda w, x: jnp.mean(x) * w**2 / 2
+    return msam_optax.value_and_grad(loss_fn, metric, rho, **options)(
+      jnp.float32(2.0), jnp.ones(2)
+    )[1]
+
+  values = np.array([0.0, 0.1, 1.0], np.float32)
+  rho, alpha = (values, 2.0) if what == 'rho' else (0.5, values)
+  want = 2 + rho / np.sqrt(1 + 4 * alpha**2)
+  np.testing.assert_allclose(jax.jit(jax.vmap(take))(values), want, rtol=1e-6)
+
+
+def test_one_loop_keeps_the_direction_that_bfloat16_would_round():
+  """The probe, as the loss sees it, is w + ρ g/‖g‖ with g in float32."""
+  seen = []
+  x = jnp.array([1.0, 1.003, -0.4567])
+
+  def watched(w):
+    jax.debug.callback(seen.append, w)
+    return jnp.sum(w.astype(jnp.float32) * x)
+
+  w = jnp.array([0.5, 0.25, 2.0], jnp.bfloat16)
+  take = msam_optax.value_and_grad(
+    watched,
+    msam_optax.euclidean(),
+    rho=0.5,
+    perturbation_dtype='float32',
+    compile_once=True,
+  )
+  jax.block_until_ready(take(w))
+  jax.effects_barrier()
+  g = np.float64(x)
+  deltas = [np.float64(probe) - np.float64(w) for probe in seen]
+  delta = max(deltas, key=np.linalg.norm)
+  np.testing.assert_allclose(delta, 0.5 * g / np.linalg.norm(g), rtol=1e-5)

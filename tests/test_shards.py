@@ -342,6 +342,145 @@ def test_no_data_is_refused():
     take(jnp.ones(3), 2.0)
 
 
+def with_class_weights(w, class_weights, batch):
+  """A loss whose class weights are as many as examples in the batch."""
+  x, label = batch
+  return jnp.mean(class_weights[label] * (x - w) ** 2)
+
+
+CLASS_WEIGHTS = jnp.array([1.0, 2.0, 4.0, 8.0])
+LABELLED = jnp.array([1.0, 2.0, 3.0, 5.0]), jnp.array([3, 2, 1, 0])
+
+
+@both_ways
+@passes
+@pytest.mark.parametrize(
+  'named', [{'data_argnums': 2}, {'data_argnums': (-1,)}], ids=str
+)
+def test_what_is_no_data_goes_whole_to_each_part(named, once, vectorize):
+  """Half of the class weights would give another number, and no error."""
+  take = msam_optax.value_and_grad(
+    with_class_weights,
+    rho=0.0,
+    shards=2,
+    vectorize_shards=vectorize,
+    compile_once=once,
+    data_argnums=argnums,
+  )
+  value, grad = take(jnp.float32(0.0), CLASS_WEIGHTS, LABELLED)
+  np.testing.assert_allclose(value, (8 * 1 + 4 * 4 + 2 * 9 + 25) / 4, rtol=1e-6)
+  np.testing.assert_allclose(grad, -2 * (8 * 1 + 4 * 2 + 2 * 3 + 5) / 4, rtol=1e-6)
+
+
+@both_ways
+def test_data_may_be_keyword_arguments(vectorize):
+  f = lambda w, *, class_weights, x, label: with_class_weights(
+    w, class_weights, (x, label)
+  )
+  x, label = LABELLED
+  take = msam_optax.value_and_grad(
+    f, rho=0.3, shards=2, data_argnames=('x', 'label'), vectorize_shards=vectorize
+  )
+  got = take(jnp.float32(0.0), class_weights=CLASS_WEIGHTS, x=x, label=label)
+  want = by_hand.sharpness_aware_gradient(
+    'msam',
+    lambda w, batch: with_class_weights(w, CLASS_WEIGHTS, batch),
+    jnp.float32(0.0),
+    LABELLED,
+    parts=2,
+  )
+  assert_close(got, want)
+
+
+@both_ways
+@passes
+def test_model_state_goes_whole_to_each_part_and_comes_back(once, vectorize):
+  """In Haiku's and Keras' order, ``loss(params, state, x, y) -> (loss, state)``."""
+
+  def loss_fn(w, state, x, y):
+    return jnp.mean((x @ w - state['mean'] - y) ** 2), {'mean': jnp.mean(x)}
+
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  w, state, x, y = draw(3), {'mean': draw(2)[0], 'unused': draw(5)}, draw(8, 3), draw(8)
+  take = msam_optax.value_and_grad(
+    loss_fn,
+    rho=0.3,
+    shards=2,
+    has_aux=True,
+    data_argnums=(2, 3),
+    vectorize_shards=vectorize,
+    compile_once=once,
+  )
+  (value, new_state), grads = take(w, state, x, y)
+  want = by_hand.sharpness_aware_gradient(
+    'msam', lambda w, xy: loss_fn(w, state, *xy)[0], w, (x, y), parts=2
+  )
+  assert_close((value, grads), want)
+  assert_close(new_state['mean'], np.float32([np.mean(x[:4]), np.mean(x[4:])]))
+
+
+def test_keys_of_examples_are_cut_with_them():
+  noise = lambda key: jax.random.normal(key, ())
+  f = lambda w, batch: jnp.mean(w * batch[0] * jax.vmap(noise)(batch[1]))
+  keys = jax.random.split(jax.random.key(0), 4)
+  x = jnp.arange(1.0, 5.0)
+  _, grad = msam_optax.value_and_grad(f, shards=2)(jnp.float32(1.0), (x, keys))
+  want = np.mean([a * noise(key) for a, key in zip(x, keys, strict=True)])
+  np.testing.assert_allclose(grad, want, rtol=1e-6)
+
+
+def test_data_that_cannot_be_told_from_other_arrays_is_asked_for():
+  take = msam_optax.value_and_grad(lambda w, c, n, x, *, y, s: w, shards=2)
+  with pytest.raises(
+    ValueError,
+    match=(
+      r"number 1 \(float32\[4\]\), number 3 \(float32\[4\], int32\[4\]\), 'y'"
+      r" \(int32\[4\]\)\. .*`data_argnums=\(1, 3\), data_argnames=\('y',\)` if all"
+    ),
+  ):
+    take(SCALAR, CLASS_WEIGHTS, 3, LABELLED, y=LABELLED[1], s=SCALAR)
+
+
+SCALAR = jnp.float32(1.0)
+
+
+@pytest.mark.parametrize(
+  ('options', 'match'),
+  [
+    ({'data_argnums': 3}, r'`data_argnums` is 3, but there are 2 .*`data_argnames`'),
+    ({'data_argnums': -3}, r"`data_argnums` is -3, .* and \['y'\] by keyword"),
+    ({'data_argnums': (1, -1)}, 'names an argument twice'),
+    ({'data_argnums': (0, 1)}, 'number 0 holds parameters by `argnums`, and the batch'),
+    ({'data_argnames': 'z'}, r"names 'z', but .* are \['y'\].*`data_argnums` the pos"),
+    ({'data_argnums': ()}, 'no argument that may hold it has an array with axes'),
+  ],
+  ids=str,
+)
+def test_data_that_is_not_there_is_named(options, match):
+  take = msam_optax.value_and_grad(lambda w, x, y: w, shards=2, **options)
+  with pytest.raises(ValueError, match=match):
+    take(SCALAR, jnp.ones(4), y=jnp.ones(4))
+
+
+@pytest.mark.parametrize('options', [{'data_argnums': 1}, {'data_argnames': 'x'}])
+def test_data_without_shards_is_refused(options):
+  with pytest.raises(ValueError, match='name the arguments that `shards` cuts'):
+    msam_optax.value_and_grad(loss, **options)
+
+
+def test_means_of_bfloat16_gradients_are_float32_until_the_end():
+  """1 + 3/512 is 1 + 2⁻⁷ in bfloat16; with one device's 1 + 2⁻⁸ rounded before, 1."""
+  x = 1 + jnp.array([[0.0, 2.0**-7], [2.0**-7, 2.0**-7]])
+  f = lambda w, x: jnp.sum(w.astype(jnp.float32) * x)
+  take = msam_optax.value_and_grad(
+    f, rho=0.0, axis_name='i', shards=2, vectorize_shards=True
+  )
+  mapped = jax.vmap(take, axis_name='i', in_axes=(None, 0))
+  _, grads = mapped(jnp.ones([], jnp.bfloat16), x)
+  np.testing.assert_array_equal(np.float32(grads), 1 + 2.0**-7)
+
+
 def test_parameters_that_are_not_positional_are_named():
   take = msam_optax.value_and_grad(loss, shards=4, compile_once=True)
   with pytest.raises(ValueError, match='`argnums` is 0, but there are 0 positional'):
