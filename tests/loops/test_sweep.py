@@ -1,0 +1,163 @@
+"""Sweeps in one program: ``vmap`` over seeds, and over the method's own numbers."""
+
+import functools
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from msam_optax import adaptive
+from msam_optax import asam
+from msam_optax import euclidean
+from msam_optax import monge
+from msam_optax import msam
+from msam_optax import sam
+from msam_optax import value_and_grad
+from tests.loops import hand
+from tests.problems import loss
+
+pytestmark = pytest.mark.standard_promotion
+
+STEPS, SWEEP = 3, 4
+DATA = hand.normal(1, STEPS, 8, 3), hand.normal(2, STEPS, 8, 2)
+BATCHES = list(zip(*DATA, strict=True))
+SHAPES = {
+  'hidden': {'kernel': (3, 5), 'bias': (5,)},
+  'out': {'kernel': (5, 2), 'bias': (2,)},
+}
+# A radius of zero is plain training.
+RHOS = np.array([0.0, 0.1, 0.3, 0.6], np.float32)
+ALPHAS = np.array([0.0, 0.5, 1.0, 3.0], np.float32)
+GRAD = jax.jit(jax.grad(loss))
+
+CHAINS = {
+  'msam': lambda rho, alpha: msam(rho=rho, alpha=alpha),
+  'sam': lambda rho, alpha: sam(rho=rho),
+  'asam': lambda rho, alpha: asam(rho=rho),
+}
+METRICS = {
+  'msam': monge,
+  'sam': lambda alpha: euclidean(),
+  'asam': lambda alpha: adaptive(),
+}
+
+
+def init(seed):
+  rng = np.random.default_rng(seed)
+  draw = lambda shape: (0.5 * rng.normal(size=shape)).astype(np.float32)
+  return jax.tree.map(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def chain(method, params, rho, alpha):
+  """A whole run, with the method made inside."""
+  tx = optax.chain(CHAINS[method](rho, alpha), optax.sgd(0.1))
+
+  def step(carry, batch):
+    params, opt_state = carry
+    grad_fn = lambda params: jax.grad(loss)(params, batch)
+    updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
+    return (optax.apply_updates(params, updates), opt_state), None
+
+  (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), DATA)
+  return params
+
+
+def drop_in(method, params, rho, alpha):
+  take = value_and_grad(loss, METRICS[method](alpha), rho)
+
+  def step(params, batch):
+    _, grads = take(params, batch)
+    return jax.tree.map(lambda w, g: w - 0.1 * g, params, grads), None
+
+  return jax.lax.scan(step, params, DATA)[0]
+
+
+@functools.cache
+def by_hand(method, seed, rho, alpha):
+  if rho == 0:
+    at_probe = lambda params, grads: params
+  else:
+    at_probe = lambda params, grads: hand.probe(
+      method,
+      params,
+      grads,
+      rho=rho,
+      alpha=alpha,
+      weights=lambda path: 'kernel' in path,
+    )
+  params, optimizer = init(seed), hand.sgd(0.1)
+  for batch in BATCHES:
+    params = optimizer(params, GRAD(at_probe(params, GRAD(params, batch)), batch))
+  return params
+
+
+def check(stacked, expected):
+  for i, tree in enumerate(expected):
+    own = jax.tree.map(lambda x: np.asarray(x)[i], stacked)
+    chex.assert_trees_all_close(own, tree, rtol=1e-5, atol=2e-6)
+
+
+DOORS = pytest.mark.parametrize('door', [chain, drop_in])
+METHODS = pytest.mark.parametrize('method', ['msam', 'sam', 'asam'])
+
+
+@DOORS
+@METHODS
+def test_over_rho(method, door):
+  run = jax.jit(jax.vmap(lambda rho: door(method, init(0), rho, 1.0)))
+  check(run(RHOS), [by_hand(method, 0, float(rho), 1.0) for rho in RHOS])
+
+
+@DOORS
+def test_over_alpha(door):
+  run = jax.jit(jax.vmap(lambda alpha: door('msam', init(0), 0.3, alpha)))
+  check(run(ALPHAS), [by_hand('msam', 0, 0.3, float(alpha)) for alpha in ALPHAS])
+
+
+@DOORS
+@METHODS
+def test_over_seeds(method, door):
+  """Each has a norm of its own: nothing is summed over the mapped axis."""
+  params = jax.tree.map(lambda *xs: np.stack(xs), *map(init, range(SWEEP)))
+  run = jax.jit(jax.vmap(lambda params: door(method, params, 0.3, 1.0)))
+  check(run(params), [by_hand(method, seed, 0.3, 1.0) for seed in range(SWEEP)])
+
+
+def test_over_a_grid():
+  """Seeds by radii by ``α``, nested."""
+  seeds = 2
+  params = jax.tree.map(lambda *xs: np.stack(xs), *map(init, range(seeds)))
+  run = functools.partial(chain, 'msam')
+  run = jax.vmap(run, in_axes=(None, None, 0))
+  run = jax.vmap(run, in_axes=(None, 0, None))
+  run = jax.jit(jax.vmap(run, in_axes=(0, None, None)))
+  trained = run(params, RHOS[2:], ALPHAS[1:3])
+  for seed in range(seeds):
+    for i, rho in enumerate(RHOS[2:]):
+      cells = jax.tree.map(lambda x: np.asarray(x)[seed, i], trained)
+      check(cells, [by_hand('msam', seed, float(rho), float(a)) for a in ALPHAS[1:3]])
+
+
+@pytest.mark.parametrize('method', ['msam', 'sam'])
+def test_learning_rate_beside_rho(method):
+  """Pairs of both, as a random search draws them; the optimizer is made inside."""
+  rates = np.array([0.01, 0.05, 0.1, 0.2], np.float32)
+
+  def run(rho, rate):
+    tx = optax.chain(CHAINS[method](rho, 1.0), optax.sgd(rate))
+    params = init(0)
+    opt_state = tx.init(params)
+    grad_fn = lambda params: jax.grad(loss)(params, BATCHES[0])
+    updates, _ = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
+    return optax.apply_updates(params, updates)
+
+  trained = jax.jit(jax.vmap(run))(RHOS[1:], rates[1:])
+  expected = []
+  for rho, rate in zip(RHOS[1:], rates[1:], strict=True):
+    grads = GRAD(init(0), BATCHES[0])
+    probe = hand.probe(method, init(0), grads, rho=float(rho))
+    step = hand.sgd(float(rate))
+    expected.append(step(init(0), GRAD(probe, BATCHES[0])))
+  check(trained, expected)
