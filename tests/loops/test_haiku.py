@@ -1,5 +1,7 @@
 """Haiku: transformed functions, with and without state, in their usual loops."""
 
+import functools
+
 import chex
 import haiku as hk
 import jax
@@ -108,6 +110,15 @@ def loss_and_state(params, state, x, y):
   return jnp.mean((out - y) ** 2), state
 
 
+GRAD_AND_STATE = jax.jit(jax.grad(loss_and_state, has_aux=True))
+
+
+@functools.cache
+def init_batch_norm():
+  init = jax.jit(functools.partial(batch_norm_network.init, is_training=True))
+  return init(jax.random.key(0), X[0])
+
+
 def chain(method):
   optimizer = optax.chain(hand.transformation(method), optax.sgd(0.1, momentum=0.9))
 
@@ -139,11 +150,10 @@ def drop_in(method):
 @pytest.mark.parametrize('door', [chain, drop_in])
 @METHODS
 def test_batch_norm_moves_once_by_the_clean_pass(method, door):
-  params, state = batch_norm_network.init(jax.random.key(0), X[0], is_training=True)
-  grad = jax.jit(jax.grad(loss_and_state, has_aux=True))
+  params, state = init_batch_norm()
   expected, statistics = hand.train(
     method,
-    lambda params, state, batch: grad(params, state, *batch),
+    lambda params, state, batch: GRAD_AND_STATE(params, state, *batch),
     params,
     state,
     list(zip(X, Y, strict=True)),

@@ -3,6 +3,7 @@
 Variables are lists of arrays without names, so ASAM tells weights by their dimensions.
 """
 
+import functools
 import os
 from unittest import mock
 
@@ -53,15 +54,20 @@ def values(variables):
   return [np.array(v.value) for v in variables]
 
 
-def by_hand(method, optimizer):
-  """Plain passes of the model: parameters, and the other variables."""
+@functools.cache
+def plain_gradient():
   model = make_model()
 
   def loss_fn(trainable, non_trainable, x, y):
     out, new = model.stateless_call(trainable, non_trainable, x, training=True)
     return jnp.mean((out - y) ** 2), new
 
-  grad = jax.jit(jax.grad(loss_fn, has_aux=True))
+  return jax.jit(jax.grad(loss_fn, has_aux=True))
+
+
+def by_hand(method, optimizer):
+  """Plain passes of the model: parameters, and the other variables."""
+  model, grad = make_model(), plain_gradient()
   return hand.train(
     method,
     lambda params, state, batch: grad(params, state, *batch),
@@ -150,11 +156,9 @@ def test_fit_logs_the_clean_loss():
   model = make_model(SharpnessAwareModel)
   model.method = 'msam'
   x, y = BATCHES[0]
-  out, _ = model.stateless_call(
-    values(model.trainable_variables),
-    values(model.non_trainable_variables),
-    x,
-    training=True,
+  forward = jax.jit(lambda *variables: model.stateless_call(*variables, training=True))
+  out, _ = forward(
+    values(model.trainable_variables), values(model.non_trainable_variables), x
   )
   model.compile(optimizer=keras.optimizers.SGD(0.1), loss='mse', metrics=['mae'])
   logs = model.fit(x, y, batch_size=SIZE, shuffle=False, verbose=0).history
