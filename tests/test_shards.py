@@ -354,10 +354,8 @@ LABELLED = jnp.array([1.0, 2.0, 3.0, 5.0]), jnp.array([3, 2, 1, 0])
 
 @both_ways
 @passes
-@pytest.mark.parametrize(
-  'named', [{'data_argnums': 2}, {'data_argnums': (-1,)}], ids=str
-)
-def test_what_is_no_data_goes_whole_to_each_part(named, once, vectorize):
+@pytest.mark.parametrize('argnums', [2, (-1,)], ids=str)
+def test_what_is_no_data_goes_whole_to_each_part(argnums, once, vectorize):
   """Half of the class weights would give another number, and no error."""
   take = msam_optax.value_and_grad(
     with_class_weights,
