@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 
+from msam_optax import adaptive
+from msam_optax import asam
 from msam_optax import euclidean
 from msam_optax import flax_nnx
 from msam_optax import monge
@@ -334,3 +336,416 @@ def test_clean_gradients_of_the_wrong_model_are_refused():
   optimizer = nnx.Optimizer(model, msam(), wrt=nnx.Param)
   with pytest.raises(ValueError, match='`grad_fn = lambda params'):
     optimizer.update(model, nnx.grad(loss_fn)(model, X, Y))
+
+
+def test_one_grad_fn_is_the_same_function_whenever_it_is_called():
+  """Each call starts from the same statistics and random counters."""
+  model = make()
+  grad_fn = flax_nnx.grad_fn(loss_fn, model, X, Y)
+  params = nnx.state(nnx.clone(model), nnx.Param)
+  first = grad_fn(params)
+  loss_fn(model, X, Y)
+  nnx.update(model, jax.tree.map(jnp.zeros_like, params))
+  chex.assert_trees_all_equal(grad_fn(params), first)
+  loss_fn(start := make(), X, Y)
+  assert model.dropout.rngs.count[...] == start.dropout.rngs.count[...] == 1
+
+
+class Normalised(nnx.Module):
+  """A weight that every pass divides by its norm, as spectral normalisation does."""
+
+  def __init__(self):
+    self.w = nnx.Param(jnp.array([3.0, -1.0, 2.0]))
+
+  def __call__(self, x):
+    self.w[...] = self.w[...] / jnp.linalg.norm(self.w[...])
+    return x @ self.w[...]
+
+
+@pytest.mark.parametrize('door', ['drop-in', 'chain'])
+def test_a_pass_that_changes_what_is_trained(door):
+  """The probe starts where the clean pass did, and what that pass did stays."""
+  x, start = X[:, :3], np.array([3.0, -1.0, 2.0], np.float32)
+  plain = lambda w: jnp.mean((x @ (w / jnp.linalg.norm(w)) - 1) ** 2)
+  unit = start / np.linalg.norm(start)
+  loss_fn = lambda model: jnp.mean((model(x) - 1) ** 2)
+  model = Normalised()
+  if door == 'drop-in':
+    want = jax.grad(plain)(by_hand.probe('msam', start, jax.grad(plain)(start), 0.3))
+    _, grads = flax_nnx.value_and_grad(loss_fn, rho=0.3)(model)
+    np.testing.assert_allclose(model.w[...], unit, rtol=1e-6)
+  else:
+    # The optimizer has the parameters as the pass has left them.
+    want = jax.grad(plain)(by_hand.probe('msam', unit, jax.grad(plain)(start), 0.3))
+    optimizer = nnx.Optimizer(model, msam(rho=0.3), wrt=nnx.Param)
+    take = flax_nnx.grad_fn(loss_fn, model)
+    optimizer.update(model, nnx.grad(loss_fn)(model), grad_fn=take)
+    grads = {'w': model.w[...] - unit}
+  np.testing.assert_allclose(grads['w'][...], want, rtol=1e-4, atol=1e-6)
+
+
+@passes
+def test_arrays_that_are_attributes_are_changed_once(once):
+  """As NNX has it: an array in a module is part of it, one in a container is not."""
+
+  class Counting(nnx.Module):
+    def __init__(self):
+      self.layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      self.calls = nnx.data(jnp.zeros(()))
+
+    def __call__(self, x):
+      self.calls = self.calls + 1
+      return self.layer(x)
+
+  model, batch = Counting(), {'x': X}
+
+  def counting(model, batch):
+    batch['x'] = batch['x'] * 2
+    return loss_fn(model, batch['x'], Y)
+
+  flax_nnx.value_and_grad(counting, compile_once=once)(model, batch)
+  assert model.calls == 1
+  assert batch['x'] is X
+
+
+@passes
+def test_a_model_with_a_shape(once):
+  """The attribute is the user's: it makes no array of the model."""
+  model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+  model.shape, model.dtype, model.ndim = (3, 2), 'float32', 2
+  _, grads = flax_nnx.value_and_grad(loss_fn, compile_once=once)(model, X, Y)
+  _, want = flax_nnx.value_and_grad(loss_fn)(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), X, Y)
+  chex.assert_trees_all_close(grads, want, rtol=1e-5)
+
+
+LOSSES = {
+  'a module': lambda: Weighted(),
+  'jitted': lambda: nnx.jit(loss_fn),
+  'a jitted module': lambda: nnx.jit(lambda *args: Weighted()(*args)),
+  'partial': lambda: functools.partial(lambda f, *args: f(*args), loss_fn),
+}
+
+
+class Weighted(nnx.Module):
+  """A loss function that is a module itself."""
+
+  def __init__(self):
+    self.weight = nnx.Variable(jnp.ones(()))
+
+  def __call__(self, model, x, y):
+    return self.weight[...] * loss_fn(model, x, y)
+
+  def other(self, model, x, y):
+    return self(model, x, y)
+
+
+@passes
+@pytest.mark.parametrize('name', LOSSES)
+def test_what_a_loss_function_may_be(name, once):
+  model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+  take = flax_nnx.value_and_grad(LOSSES[name](), rho=0.3, compile_once=once)
+  _, want = flax_nnx.value_and_grad(loss_fn, rho=0.3)(model, X, Y)
+  chex.assert_trees_all_close(take(model, X, Y)[1], want, rtol=1e-5, atol=1e-7)
+
+
+@passes
+def test_methods_are_refused_by_name(once):
+  match = 'Give `Weighted.other`, and the Weighted as first argument'
+  with pytest.raises(ValueError, match=match):
+    flax_nnx.value_and_grad(Weighted().other, compile_once=once)
+  with pytest.raises(ValueError, match=match):
+    flax_nnx.grad_fn(Weighted().other, make(), X, Y)
+
+
+WRONG = {
+  'forgotten has_aux': (lambda loss: (loss, 'aux'), False, 'give `has_aux=True`'),
+  'no aux': (lambda loss: loss, True, r'must return `\(loss, aux\)`'),
+  'three': (lambda loss: (loss, 1, 2), True, r'must return `\(loss, aux\)`'),
+  'an array': (lambda loss: loss[None], False, r'must be a scalar, but it is a \(1,\)'),
+  'an array and aux': (lambda loss: (loss[None], 1), True, 'must be a scalar'),
+  'a dict': (lambda loss: {'loss': loss}, False, 'must be a scalar'),
+}
+
+
+@passes
+@pytest.mark.parametrize('name', WRONG)
+def test_what_a_loss_function_returns(name, once):
+  change, has_aux, match = WRONG[name]
+  wrong = lambda model, x, y: change(loss_fn(model, x, y))
+  model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+  take = flax_nnx.value_and_grad(wrong, has_aux=has_aux, compile_once=once)
+  with pytest.raises(TypeError, match='`loss_fn`') as caught:
+    take(model, X, Y)
+  assert caught.match(match)
+  for make_function in (flax_nnx.grad_fn, flax_nnx.value_and_grad_fn):
+    take = make_function(wrong, model, X, Y, has_aux=has_aux)
+    with pytest.raises(TypeError, match=match):
+      take(nnx.state(model, nnx.Param))
+
+
+def test_one_loop_refuses_auxiliary_output_that_is_no_array():
+  with_aux = lambda model, x, y: (loss_fn(model, x, y), {'name': 'aux', 'x': x})
+  take = flax_nnx.value_and_grad(with_aux, has_aux=True, compile_once=True)
+  with pytest.raises(TypeError, match=r"arrays only, but at \['name'\] there is a str"):
+    take(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), X, Y)
+
+
+@passes
+def test_errors_come_before_anything_is_changed(once):
+  model = make()
+  before = arrays(model)
+  wrt = nnx.DiffState(0, nnx.LoRAParam)
+  take = flax_nnx.value_and_grad(loss_fn, argnums=wrt, compile_once=once)
+  with pytest.raises(ValueError, match='no variables of the type'):
+    take(model, X, Y)
+  chex.assert_trees_all_equal(arrays(model), before)
+
+
+class Blocks(nnx.Module):
+  """Three blocks of a linear layer and a normalisation, stacked."""
+
+  def __init__(self):
+    def block(rngs):
+      return nnx.Sequential(
+        nnx.Linear(3, 3, bias_init=nnx.initializers.normal(0.3), rngs=rngs),
+        nnx.LayerNorm(3, scale_init=nnx.initializers.normal(1.0), rngs=rngs),
+      )
+
+    self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(block))(nnx.Rngs(0))
+
+  def __call__(self, x):
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def forward(x, block):
+      return x + jnp.tanh(block(x))
+
+    return forward(x, self.blocks)
+
+
+def unstacked(state):
+  """The leaves of each of three blocks, by the layer's number and the leaf's name."""
+  flat = nnx.to_flat_state(nnx.state(state))
+  return [{path[-2:]: np.array(x[...])[i] for path, x in flat} for i in range(3)]
+
+
+def by_layers(params, y):
+  """The same network as a loop over blocks that have arrays of their own."""
+  x = X
+  for block in params:
+    h = x @ block[0, 'kernel'] + block[0, 'bias']
+    h = (h - h.mean(1, keepdims=True)) * jax.lax.rsqrt(h.var(1, keepdims=True) + 1e-6)
+    x = x + jnp.tanh(h * block[1, 'scale'] + block[1, 'bias'])
+  return jnp.mean((x[:, :2] - y) ** 2)
+
+
+def test_stacked_layers_have_the_adaptive_metric_of_the_layers():
+  """Stacked, biases and scales have two dimensions, and are no weights for that."""
+  model, rho = Blocks(), 0.5
+  stacked_loss = lambda model, x, y: jnp.mean((model(x)[:, :2] - y) ** 2)
+  params = unstacked(nnx.state(model, nnx.Param))
+  assert params[0][1, 'scale'].shape == (3,)
+  g = jax.grad(by_layers)(params, Y)
+  want = jax.grad(by_layers)(by_hand.probe('asam', params, g, rho), Y)
+
+  @nnx.jit
+  def both_doors(model, optimizer):
+    grad_fn = flax_nnx.grad_fn(stacked_loss, model, X, Y)
+    take = flax_nnx.value_and_grad(stacked_loss, adaptive(), rho)
+    _, grads = take(model, X, Y)
+    optimizer.update(model, nnx.grad(stacked_loss)(model, X, Y), grad_fn=grad_fn)
+    return grads
+
+  optimizer = nnx.Optimizer(model, asam(rho=rho), wrt=nnx.Param)
+  grads = both_doors(model, optimizer)
+  chex.assert_trees_all_close(unstacked(grads), want, rtol=1e-4, atol=1e-6)
+  moved = jax.tree.map(jnp.subtract, unstacked(nnx.state(model)), params)
+  chex.assert_trees_all_close(moved, want, rtol=1e-4, atol=1e-5)
+  scaled = jax.tree.map(
+    lambda w, g: (np.abs(w) + 0.01 if w.ndim > 1 else 1.0) * np.asarray(g, np.float64),
+    params,
+    g,
+  )
+  slope = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(scaled)))
+  np.testing.assert_allclose(
+    optax.tree.get(optimizer.opt_state, 'slope')[...], slope, rtol=1e-5
+  )
+
+
+def lora():
+  """A layer with frozen weights, and an adapter that is not zero."""
+  model = nnx.LoRALinear(3, 2, lora_rank=2, rngs=nnx.Rngs(0))
+  model.lora.lora_b[...] = jax.random.normal(jax.random.key(5), (2, 2))
+  return model
+
+
+@pytest.mark.parametrize('argnums', [0, nnx.DiffState(0, nnx.LoRAParam)], ids=type)
+@pytest.mark.parametrize('door', ['drop-in', 'one loop', 'chain'])
+def test_lora(door, argnums):
+  """Three steps of SGD, by hand on two matrices; the base stays bit for bit."""
+  model, rho, lr = lora(), 0.3, 0.1
+  kernel, bias = np.array(model.kernel[...]), np.array(model.bias[...])
+  plain = lambda p: jnp.mean((X @ kernel + bias + X @ p['a'] @ p['b'] - Y) ** 2)
+  params = {
+    'a': np.array(model.lora.lora_a[...]),
+    'b': np.array(model.lora.lora_b[...]),
+  }
+  for _ in range(3):
+    probe = by_hand.probe('msam', params, jax.grad(plain)(params), rho)
+    params = jax.tree.map(lambda w, g: w - lr * g, params, jax.grad(plain)(probe))
+
+  chain = optax.chain(msam(rho=rho), optax.sgd(lr))
+  optimizer = nnx.Optimizer(
+    model, chain if door == 'chain' else optax.sgd(lr), wrt=nnx.LoRAParam
+  )
+  # What is not trained may have gradients, which the chain does not look at. The
+  # drop-in moves all that it takes gradients of, so it has to be told.
+  wrt = argnums if door == 'chain' else nnx.DiffState(0, nnx.LoRAParam)
+  for _ in range(3):
+    if door == 'chain':
+      grad_fn = flax_nnx.grad_fn(loss_fn, model, X, Y, argnums=wrt)
+      grads = nnx.grad(loss_fn, argnums=wrt)(model, X, Y)
+      optimizer.update(model, nnx.state(grads, nnx.LoRAParam), grad_fn=grad_fn)
+    else:
+      take = flax_nnx.value_and_grad(
+        loss_fn, rho=rho, argnums=wrt, compile_once=door == 'one loop'
+      )
+      optimizer.update(model, take(model, X, Y)[1])
+  got = {'a': model.lora.lora_a[...], 'b': model.lora.lora_b[...]}
+  chex.assert_trees_all_close(got, params, rtol=1e-4, atol=1e-6)
+  np.testing.assert_array_equal(model.kernel[...], kernel)
+  np.testing.assert_array_equal(model.bias[...], bias)
+
+
+class Mlp(nnx.Module):
+  """Two layers."""
+
+  def __init__(self):
+    self.hidden = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    self.out = nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+
+  def __call__(self, x):
+    return self.out(jnp.tanh(self.hidden(x)))
+
+
+def as_dict(state):
+  return {path: np.array(x[...]) for path, x in nnx.to_flat_state(nnx.state(state))}
+
+
+def mlp_loss(params, x=X, y=Y):
+  hidden = jnp.tanh(x @ params['hidden', 'kernel'] + params['hidden', 'bias'])
+  return jnp.mean((hidden @ params['out', 'kernel'] + params['out', 'bias'] - y) ** 2)
+
+
+FILTERS = {
+  'one layer': (nnx.PathContains('out'), lambda path: path[0] == 'out'),
+  'all of two': (
+    nnx.All(nnx.Param, nnx.PathContains('kernel')),
+    lambda path: path[1] == 'kernel',
+  ),
+  'any of two': (
+    nnx.Any(nnx.PathContains('hidden'), nnx.PathContains('bias')),
+    lambda path: path != ('out', 'kernel'),
+  ),
+  'a function': (lambda path, _: path[-1] == 'bias', lambda path: path[1] == 'bias'),
+  'not': (
+    nnx.All(nnx.Param, nnx.Not(nnx.PathContains('out'))),
+    lambda path: path[0] == 'hidden',
+  ),
+}
+
+
+@pytest.mark.parametrize('door', ['drop-in', 'one loop', 'chain', 'chain, all'])
+@pytest.mark.parametrize('name', FILTERS)
+def test_filters_of_the_optimizer(name, door):
+  wrt, trained = FILTERS[name]
+  model = Mlp()
+  start = as_dict(nnx.state(model))
+  g = jax.grad(mlp_loss)(start)
+  only = lambda tree: {k: x if trained(k) else 0 * x for k, x in tree.items()}
+  at_probe = only(jax.grad(mlp_loss)(by_hand.probe('msam', start, only(g), 0.3)))
+  want = jax.tree.map(lambda w, g: w - 0.1 * g, start, at_probe)
+
+  argnums = nnx.DiffState(0, wrt)
+  if door.startswith('chain'):
+    tx = optax.chain(msam(rho=0.3), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=wrt)
+    grads = nnx.grad(loss_fn, argnums=argnums)(model, X, Y)
+    # Gradients of more than is trained do no harm at the probe.
+    argnums = 0 if door == 'chain, all' else argnums
+    grad_fn = flax_nnx.grad_fn(loss_fn, model, X, Y, argnums=argnums)
+    optimizer.update(model, grads, grad_fn=grad_fn)
+  else:
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=wrt)
+    once = door == 'one loop'
+    take = flax_nnx.value_and_grad(loss_fn, rho=0.3, argnums=argnums, compile_once=once)
+    optimizer.update(model, take(model, X, Y)[1])
+  got = as_dict(nnx.state(model))
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+  frozen = [path for path in start if not trained(path)]
+  chex.assert_trees_all_equal(*({p: tree[p] for p in frozen} for tree in (got, start)))
+
+
+def test_an_optimizer_of_more_than_has_gradients_is_told_which():
+  model = Mlp()
+  wrt = nnx.DiffState(0, nnx.PathContains('out'))
+  grad_fn = flax_nnx.grad_fn(loss_fn, model, X, Y, argnums=wrt)
+  match = r"none at \['hidden'\]\['bias'\].*the same `argnums=nnx.DiffState"
+  with pytest.raises(ValueError, match=match):
+    grad_fn(nnx.state(model, nnx.Param))
+
+
+HALVES = [(X[:8], Y[:8]), (X[8:], Y[8:])]
+
+
+@pytest.mark.parametrize('outer', [False, True], ids=['inside', 'outside'])
+def test_accumulation(outer):
+  """Inside the chain every half has its probe; around it the whole batch has one."""
+  model = Mlp()
+  start = as_dict(nnx.state(model))
+  if outer:
+    tx = optax.MultiSteps(optax.chain(msam(rho=0.3), optax.sgd(0.1)), 2)
+    parts = [(X, Y)]
+  else:
+    accumulated = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    tx = optax.chain(msam(rho=0.3), accumulated)
+    parts = HALVES
+  at_probes = [
+    jax.grad(mlp_loss)(
+      by_hand.probe('msam', start, jax.grad(mlp_loss)(start, *part), 0.3), *part
+    )
+    for part in parts
+  ]
+  want = jax.tree.map(lambda w, g: w - 0.1 * g, start, by_hand.mean(at_probes))
+
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  for half in HALVES:
+    chex.assert_trees_all_equal(as_dict(nnx.state(model)), start)
+    grad_fn = flax_nnx.grad_fn(loss_fn, model, *((X, Y) if outer else half))
+    grads = nnx.grad(loss_fn)(model, *half)
+    optimizer.update(model, grads, grad_fn=grad_fn)
+  got = as_dict(nnx.state(model))
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_model_and_optimizer():
+  """Flax's older class, which has the model inside."""
+  model, other = Mlp(), Mlp()
+  tx = optax.chain(msam(rho=0.3), optax.adam(0.1))
+  together = nnx.ModelAndOptimizer(model, tx)
+  grad_fn = flax_nnx.grad_fn(loss_fn, together.model, X, Y)
+  grads = nnx.grad(loss_fn)(together.model, X, Y)
+  together.update(grads, grad_fn=grad_fn)
+  optimizer = nnx.Optimizer(other, tx, wrt=nnx.Param)
+  chain_step(other, optimizer)
+  chex.assert_trees_all_equal(as_dict(nnx.state(model)), as_dict(nnx.state(other)))
+
+
+@pytest.mark.parametrize('jit', [False, True], ids=['without jit', 'with'])
+@pytest.mark.parametrize('door', STEPS)
+def test_a_healthy_step_holds_no_nan_and_no_infinity(door, jit):
+  step, tx = STEPS[door]
+  model = make()
+  optimizer = nnx.Optimizer(model, tx(), wrt=nnx.Param)
+  expected = papers_step(model, rho=0.5, lr=0.1)
+  with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit(not jit):
+    step(model, optimizer)
+  chex.assert_trees_all_close(arrays(model, nnx.Param), expected, rtol=1e-4, atol=1e-6)
