@@ -6,7 +6,9 @@
     ax = plot(landscape)
     mark(ax, landscape, probes(loss, params, landscape, rho=0.05))
 
-Only the last two need matplotlib (``msam-optax[plot]``).
+Only the last two need matplotlib (``msam-optax[plot]``). Parameters are any pytree of
+real floating-point arrays; of an Equinox module give the arrays alone, as shown in
+:mod:`msam_optax.sharpness`.
 """
 
 from collections.abc import Callable
@@ -16,14 +18,18 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-from jax import flatten_util
 import jax.numpy as jnp
 import numpy as np
 
+from msam_optax.checks import check_like
+from msam_optax.masks import at_path
+from msam_optax.masks import resolve_mask
+from msam_optax.masks import weights_by_default
 from msam_optax.metrics import euclidean
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
 from msam_optax.numerics import widen
+from msam_optax.sharpness import check_real
 
 COLOURS = {'SAM': '#d95f02', 'Monge SAM': '#1b6ca8'}
 
@@ -42,20 +48,40 @@ class Slice(NamedTuple):
   values: jax.Array
 
 
-def random_direction(params: Any, *, key: jax.Array) -> Any:
+def random_direction(
+  params: Any, *, key: jax.Array, weights: Any = None, stacked: Any = 0
+) -> Any:
   """A random direction, normalised filter by filter.
 
   A normal random array, in which each filter (what one output feature is made from:
-  the last axis apart) is as long as that of the parameters. So steps mean the same in
+  all axes but the last) is as long as that of the parameters. So steps mean the same in
   every layer, and landscapes of networks whose layers are scaled against each other
-  can be compared. Leaves of less than two dimensions (biases, scales) stay fixed.
+  can be compared. Biases and scales stay fixed.
+
+  Layers that are stacked in one array, as ``nn.scan`` and ``nnx.vmap`` do, have their
+  filters layer by layer if ``stacked`` says so::
+
+    random_direction(params, key=key, stacked={'embed': 0, 'blocks': 1, 'head': 0})
 
   Args:
     params: pytree of real floating-point arrays.
     key: a random key.
+    weights: which leaves have filters, the others stay fixed: a tree of bools with the
+      structure of the params (or a prefix of it), or a function from params to one,
+      such as ``by_name('kernel')``. A weight that has one axis per layer is one filter.
+      By default the leaves that have two axes or more per layer and are not named as
+      biases and scales are: ``bias``, ``b``, ``scale``, ``offset``, ``beta``,
+      ``gamma``.
+    stacked: how many leading axes of a leaf count layers, an int or a tree of ints
+      with the structure of the params or a prefix of it.
 
   Returns:
     A pytree like ``params``.
+
+  Raises:
+    ValueError: if ``weights`` or ``stacked`` does not fit the params.
+    TypeError: if a leaf of ``params`` is no real floating-point array, or one of
+      ``weights`` no bool, or one of ``stacked`` no int.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -69,18 +95,31 @@ def random_direction(params: Any, *, key: jax.Array) -> Any:
     Li et al., `Visualizing the Loss Landscape of Neural Nets
     <https://arxiv.org/abs/1712.09913>`_, 2018
   """
+  check_real(params)
+  layers = _resolve_stacked(stacked, params)
+  if weights is None:
+    chosen = jax.tree.map(
+      lambda weight, n, w: weight and jnp.ndim(w) - n >= 2,
+      weights_by_default(params),
+      layers,
+      params,
+    )
+  else:
+    chosen = resolve_mask(weights, params, name='weights')
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(key, len(leaves))
 
-  def filtered(w, key):
-    if jnp.ndim(w) < 2:
+  def filtered(w, weight, layers, key):
+    if not weight:
       return jnp.zeros_like(w)
-    d = jax.random.normal(key, w.shape, widen(w).dtype)
-    axes = tuple(range(jnp.ndim(w) - 1))
-    length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
-    return (d * length(widen(w)) / length(d)).astype(w.dtype)
+    d = jax.random.normal(key, jnp.shape(w), widen(w).dtype)
+    end = jnp.ndim(w) - 1 if jnp.ndim(w) - layers >= 2 else jnp.ndim(w)
+    axes = tuple(range(layers, end))
+    return (_unit(d, axes) * _length(widen(w), axes)).astype(jnp.result_type(w))
 
-  return structure.unflatten(map(filtered, leaves, keys))
+  return structure.unflatten(
+    map(filtered, leaves, jax.tree.leaves(chosen), jax.tree.leaves(layers), keys)
+  )
 
 
 def steepest_direction(
@@ -96,12 +135,16 @@ def steepest_direction(
   Returns:
     A pytree like ``params``.
 
+  Raises:
+    TypeError: if a leaf of ``params`` is no real floating-point array.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> from msam_optax.landscape import steepest_direction
     >>> print(steepest_direction(lambda w: jnp.sum(w**2), jnp.array([3.0, 4.0])))
     [0.6 0.8]
   """
+  check_real(params)
   ascent, _ = metric.ascend(jax.grad(loss)(params), metric.init(params), params)
   return ascent.direction
 
@@ -120,14 +163,17 @@ def loss_slice(
     loss: ``params -> scalar``.
     params: ``w``, a pytree of real floating-point arrays.
     directions: one or two trees like ``params``, ``u`` and ``v``.
-    coordinates: for each direction the steps ``x`` and ``y``, ``[a]`` and ``[b]``.
+    coordinates: for each direction the steps ``x`` and ``y``, ``[a]`` and ``[b]``, in
+      any order.
     chunk: how many points are evaluated at once, >= 1: memory against speed.
 
   Returns:
     A :class:`Slice`.
 
   Raises:
-    ValueError: if there are not one or two directions, each with its steps.
+    ValueError: if there are not one or two directions, each with its steps, or a
+      direction is not like ``params``, or ``chunk`` is less than 1.
+    TypeError: if a leaf of ``params`` is no real floating-point array.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -141,7 +187,19 @@ def loss_slice(
       'A slice has one or two directions, each with its steps, got'
       f' {len(directions)} directions and {len(coordinates)} arrays of steps.'
     )
+  check_real(params)
+  for i, direction in enumerate(directions):
+    what = f'`directions[{i}]` must be like `params`'
+    check_like(direction, params, what=what, dtypes=False)
   steps = tuple(jnp.asarray(x, jnp.result_type(float)) for x in coordinates)
+  for i, x in enumerate(steps):
+    if x.ndim != 1 or not x.size:
+      raise ValueError(
+        f'`coordinates[{i}]` must be a list of steps, at least one, got an array of'
+        f' shape {x.shape}.'
+      )
+  if chunk < 1:
+    raise ValueError(f'`chunk` must be 1 or more, got {chunk}.')
   grid = jnp.stack(jnp.meshgrid(*steps, indexing='ij'), axis=-1)
 
   def value(point):
@@ -151,7 +209,7 @@ def loss_slice(
         w_wide += x.astype(w_wide.dtype) * widen(d, like=w)
       return w_wide.astype(jnp.result_type(w))
 
-    return loss(jax.tree.map(move, params, *directions))
+    return widen(loss(jax.tree.map(move, params, *directions)))
 
   points = grid.reshape(-1, len(directions))
   values = jax.jit(lambda p: jax.lax.map(value, p, batch_size=chunk))(points)
@@ -167,7 +225,7 @@ def probes(
 ) -> dict[str, np.ndarray]:
   """Where SAM and Monge SAM probe, in the coordinates of a slice.
 
-  The perturbations are projected onto the slice; they lie in it if
+  The perturbations are projected onto the slice. They are in it if
   :func:`steepest_direction` is one of its directions.
 
   Args:
@@ -191,10 +249,13 @@ def probes(
     Monge SAM: 0.3536
   """
   basis = np.stack([_flat(d) for d in landscape.directions], axis=1)
+  # Of length one, so that a short direction is not taken for a dependent one.
+  lengths = np.linalg.norm(basis, axis=0)
+  lengths = np.where(lengths > 0, lengths, 1.0)
   found = {}
   for name, metric in {'SAM': euclidean(), 'Monge SAM': monge(alpha)}.items():
-    delta = rho * _flat(steepest_direction(loss, params, metric))
-    found[name] = np.linalg.lstsq(basis, delta, rcond=None)[0]
+    delta = float(rho) * _flat(steepest_direction(loss, params, metric))
+    found[name] = np.linalg.lstsq(basis / lengths, delta, rcond=None)[0] / lengths
   return found
 
 
@@ -222,13 +283,14 @@ def plot(landscape: Slice, *, ax: Any = None, levels: int = 20) -> Any:
 
   if ax is None:
     _, ax = plt.subplots()
-  if len(landscape.directions) == 1:
-    ax.plot(landscape.coordinates[0], landscape.values, color='#343a40')
+  coordinates, values = _ascending(landscape)
+  if len(coordinates) == 1:
+    ax.plot(*coordinates, values, color='#343a40')
     ax.set(xlabel='step along the direction', ylabel='loss')
     return ax
-  x, y = landscape.coordinates
-  filled = ax.contourf(x, y, landscape.values.T, levels=levels, cmap='Greys')
-  ax.contour(x, y, landscape.values.T, levels=filled.levels, colors='w', linewidths=0.4)
+  x, y = coordinates
+  filled = ax.contourf(x, y, values.T, levels=levels, cmap='Greys')
+  ax.contour(x, y, values.T, levels=filled.levels, colors='w', linewidths=0.4)
   ax.figure.colorbar(filled, ax=ax, label='loss')
   ax.set(xlabel='first direction', ylabel='second direction')
   return ax
@@ -237,6 +299,9 @@ def plot(landscape: Slice, *, ax: Any = None, levels: int = 20) -> Any:
 def mark(ax: Any, landscape: Slice, points: Mapping[str, Any]) -> Any:
   """Marks the parameters, and points such as :func:`probes` gives, with a legend.
 
+  On a line a marker is as high as the curve, linearly interpolated; the parameters are
+  left out if the line does not reach them.
+
   Args:
     ax: the axes that :func:`plot` has drawn on.
     landscape: the slice.
@@ -244,6 +309,10 @@ def mark(ax: Any, landscape: Slice, points: Mapping[str, Any]) -> Any:
 
   Returns:
     The axes.
+
+  Raises:
+    ValueError: if a point has not as many coordinates as the slice has directions, or
+      is beyond the ends of a line, where its height is not known.
 
   Examples:
     >>> import jax.numpy as jnp, matplotlib
@@ -255,17 +324,101 @@ def mark(ax: Any, landscape: Slice, points: Mapping[str, Any]) -> Any:
     >>> print([text.get_text() for text in ax.get_legend().get_texts()])
     ['parameters', 'SAM']
   """
-  here = np.zeros(len(landscape.directions))
-  for name, at in {'parameters': here, **points}.items():
-    at = np.asarray(at)
-    if len(at) == 1:
-      value = np.interp(at[0], landscape.coordinates[0], landscape.values)
-      at = (at[0], value)
+  coordinates, values = _ascending(landscape)
+  places = {'parameters': np.zeros(len(coordinates)), **points}
+  for name, at in places.items():
+    at = np.asarray(at, np.float64)
+    if at.shape != (len(coordinates),):
+      raise ValueError(
+        f'The point {name!r} must have one coordinate per direction of the slice,'
+        f' {len(coordinates)} in all, got an array of shape {at.shape}.'
+      )
+    if len(coordinates) == 1:
+      height = _height(at[0], coordinates[0], values)
+      if height is None and name not in points:
+        continue
+      if height is None:
+        low, high = coordinates[0][[0, -1]]
+        raise ValueError(
+          f'The point {name!r}, at the step {at[0]:.4g}, is outside the slice, whose'
+          f' steps go from {low:.4g} to {high:.4g}: how high the loss is there is not'
+          ' known. Give `loss_slice` coordinates that reach it.'
+        )
+      at = (at[0], height)
     colour = COLOURS.get(name, '#111111')
     ax.plot(*at, 'o', color=colour, markeredgecolor='w', markersize=8, label=name)
   ax.legend()
   return ax
 
 
+def _ascending(landscape):
+  """The coordinates, ascending, and the values in their order, in float64."""
+  values = np.asarray(landscape.values, np.float64)
+  coordinates = []
+  for axis, x in enumerate(landscape.coordinates):
+    x = np.asarray(x, np.float64)
+    order = np.argsort(x, kind='stable')
+    coordinates.append(x[order])
+    values = np.take(values, order, axis)
+  return coordinates, values
+
+
+def _height(at, x, values):
+  """The value at a step, or None where it is beyond the ends of ascending ones."""
+  # A step that was computed in single precision reaches its own end.
+  slack = 4 * np.finfo(np.float32).eps * np.max(np.abs(x))
+  if not x[0] - slack <= at <= x[-1] + slack:
+    return None
+  return np.interp(at, x, values)
+
+
+def _length(x, axes):
+  """``‖x‖`` along some axes, which are kept, without under- or overflow."""
+  largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0.0)
+  scale = jnp.where(largest > 0, largest, 1.0)
+  return scale * jnp.sqrt(jnp.sum(jnp.square(x / scale), axes, keepdims=True))
+
+
+def _unit(x, axes):
+  """``x/‖x‖`` along some axes."""
+  length = _length(x, axes)
+  return x / jnp.where(length > 0, length, 1.0)
+
+
+def _resolve_stacked(stacked, params):
+  """How many leading axes of each leaf count layers, a tree of ints like ``params``."""
+
+  def count(path, n):
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+      raise TypeError(
+        f'`stacked` must hold an int per leaf, the number of leading axes that count'
+        f' layers, got {n!r} {at_path(path)}.'
+      )
+    return int(n)
+
+  counts = jax.tree_util.tree_map_with_path(count, stacked)
+  try:
+    counts = jax.tree.map(
+      lambda n, subtree: jax.tree.map(lambda _: n, subtree), counts, params
+    )
+  except ValueError as error:
+    raise ValueError(
+      '`stacked` must be an int or have the structure of the parameters, or a prefix'
+      f' of it. It has {jax.tree.structure(stacked)}, they have'
+      f' {jax.tree.structure(params)}.'
+    ) from error
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  for (path, w), n in zip(leaves, jax.tree.leaves(counts), strict=True):
+    if not 0 <= n <= jnp.ndim(w):
+      raise ValueError(
+        f'`stacked` says that {n} leading axes count layers {at_path(path)}, where the'
+        f' shape is {jnp.shape(w)}. Give a tree of ints if layers are stacked in some'
+        " leaves only: `stacked={'blocks': 1, 'head': 0}`."
+      )
+  return counts
+
+
 def _flat(tree):
-  return np.asarray(flatten_util.ravel_pytree(tree)[0], np.float64)
+  return np.concatenate(
+    [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+  )

@@ -10,6 +10,9 @@ from msam_optax.reductions import leaf_axes
 from msam_optax.reductions import maxima
 from msam_optax.reductions import total
 
+# The bits of float32.
+NAN, INFINITY = 0x7FC00000, 0x7F800000
+
 
 def normalize(tree: Any, param_specs: Any = None) -> tuple[Any, jax.Array]:
   """The tree divided by its Euclidean norm, and the norm.
@@ -25,8 +28,11 @@ def normalize(tree: Any, param_specs: Any = None) -> tuple[Any, jax.Array]:
   """
   scale, root, _ = _scaled_norm(tree, param_specs)
   usable = (root > 0) & jnp.isfinite(scale * root)
-  root = jnp.where(usable, root, 1.0)
-  unit = jax.tree.map(lambda x: jnp.where(usable, x / scale / root, 0.0), tree)
+  # Products, since XLA turns two divisions into one by what may be too large.
+  inverse = 1.0 / jnp.where(usable, root, 1.0)
+  unit = jax.tree.map(
+    lambda x: jnp.where(usable, x * (1.0 / scale) * inverse, 0.0), tree
+  )
   return unit, jnp.where(usable, scale * root, 0.0)
 
 
@@ -47,7 +53,8 @@ def norm(tree: Any, param_specs: Any = None) -> jax.Array:
 def _scaled_norm(tree, param_specs):
   """A scale, the norm of the tree divided by it, and whether all entries are finite.
 
-  All is scaled by the largest magnitude first, so that no square over- or underflows.
+  The scale is about the largest magnitude, so that no square over- or underflows, and
+  a power of two, so that nothing is rounded by it.
   """
   leaves, axes = jax.tree.leaves(tree), leaf_axes(param_specs, tree)
   zero = jnp.zeros([], wide_dtype(tree))
@@ -55,12 +62,15 @@ def _scaled_norm(tree, param_specs):
   largest = functools.reduce(jnp.maximum, magnitudes, zero)
   finite = jnp.isfinite(largest)
   usable = (largest > 0) & finite
-  # A scale whose reciprocal is a normal number, since a division may be a product.
-  reach = 2.0 ** (jnp.finfo(zero.dtype).maxexp - 28)
+  finfo = jnp.finfo(zero.dtype)
+  # Its reciprocal is a normal number as well.
+  reach = 2.0 ** (finfo.maxexp - 28)
   scale = jnp.where(usable, jnp.clip(largest, 1 / reach, reach), 1.0)
+  scale = jax.lax.reduce_precision(scale, finfo.nexp, mantissa_bits=0)
   # The results do not depend on the scale, so their derivatives need not know it.
   scale = jax.lax.stop_gradient(scale)
-  squares = total([jnp.sum(jnp.square(x / scale)) for x in leaves], axes, zero)
+  parts = [jnp.sum(jnp.square(x * (1.0 / scale))) for x in leaves]
+  squares = total(parts, axes, zero)
   root = jnp.sqrt(jnp.where(usable, squares, 1.0))
   return scale, jnp.where(usable, root, 0.0), finite
 
@@ -70,16 +80,23 @@ def largest_magnitude(x: jax.Array) -> jax.Array:
   largest = jnp.max(jnp.abs(widen(x)), initial=0.0)
   # Infinite and not NaN, since across devices a maximum may lose a NaN.
   finite = jnp.isfinite(largest)
-  return jnp.where(finite, largest, 1.0 / jnp.where(finite, 1.0, 0.0))
+  return jnp.where(finite, largest, zero_if(finite, largest.dtype, otherwise=INFINITY))
 
 
-def zero_if(condition: jax.Array, dtype: Any) -> jax.Array:
-  """0 where a condition holds, and NaN where not.
+def is_infinite(x: jax.Array) -> jax.Array:
+  """``jnp.isinf`` without the infinity that it compares with, for ``jax_debug_infs``."""
+  return ~jnp.isfinite(x) & (x == x)
+
+
+def zero_if(condition: jax.Array, dtype: Any, *, otherwise: int = NAN) -> jax.Array:
+  """0 where a condition holds, and NaN (or infinity) where not.
 
   Where the condition holds no NaN is made on the way, as ``jnp.where`` would make one:
-  that is what ``jax_debug_nans`` looks for.
+  that is what ``jax_debug_nans`` looks for. By way of its bits, and not of arithmetic
+  such as 0/0, which a compiler may simplify.
   """
-  return jnp.zeros([], dtype) / condition.astype(dtype)
+  bits = jnp.where(condition, 0, otherwise).astype(jnp.int32)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
 
 
 def widen(x: Any, like: Any = None) -> jax.Array:

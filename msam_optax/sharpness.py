@@ -1,8 +1,13 @@
-"""Sharpness: how far the loss rises near by, and how it is curved there.
+"""Sharpness: how far the loss rises nearby, and how it is curved there.
 
-Everything is jit-able and works on any pytree of parameters. Without a dense matrix
-are the trace (Hutchinson's estimator) and extreme eigenvalues (Krylov spaces), both
-by matfree, which the extra ``msam-optax[sharpness]`` installs.
+Everything is jit-able and works on any pytree of real floating-point arrays. Of a
+model that holds other leaves, as most Equinox modules do, give the arrays alone::
+
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    rise(lambda params: loss(eqx.combine(params, static)), params, monge(), rho=0.05)
+
+The trace (Hutchinson's estimator, by matfree, which ``msam-optax[sharpness]``
+installs) and the extreme eigenvalues (Krylov spaces) need no dense matrix.
 """
 
 from collections.abc import Callable
@@ -13,25 +18,31 @@ from typing import NamedTuple
 import jax
 from jax import flatten_util
 import jax.numpy as jnp
+import numpy as np
 
+from msam_optax.masks import at_path
+from msam_optax.masks import resolve_mask
 from msam_optax.metrics import Metric
+from msam_optax.numerics import wide_dtype
 from msam_optax.numerics import widen
+from msam_optax.numerics import zero_if
 from msam_optax.perturbation import ascend
 from msam_optax.perturbation import perturb
 
 Which = Literal['largest', 'smallest']
 
-# Krylov spaces of this many dimensions resolve the ends of a spectrum; a problem
-# that is not larger is solved densely.
+# The dimensions of a Krylov space, and how often it is restarted at most; a problem
+# that has no more dimensions is solved densely.
 KRYLOV_STEPS = 64
+KRYLOV_RESTARTS = 100
 
 
 class Rise(NamedTuple):
   """How far the loss rises at the probe.
 
   Attributes:
-    measured: scalar, ``ℓ(w+δ) − ℓ(w)``.
-    predicted: scalar, to first order in ρ: ``ρ · slope``.
+    measured: scalar, float32 or wider: ``ℓ(w+δ) − ℓ(w)``.
+    predicted: scalar, float32 or wider: to first order in ρ, ``ρ · slope``.
   """
 
   measured: jax.Array
@@ -61,6 +72,9 @@ def rise(
   Returns:
     A :class:`Rise`.
 
+  Raises:
+    TypeError: if a leaf of ``params`` is no real floating-point array.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> from msam_optax import euclidean
@@ -70,10 +84,13 @@ def rise(
     >>> print(f'{measured:.2f} {predicted:.2f}')
     1.25 1.00
   """
+  check_real(params)
+  mask = resolve_mask(mask, params)
   value, grads = jax.value_and_grad(loss)(params)
-  ascent, _ = ascend(metric, grads, metric.init(params), params, mask=mask)
+  ascent = _ascent(metric, grads, params, mask)
   at_probe = loss(perturb(params, ascent, rho, mask=mask))
-  return Rise(at_probe - value, widen(rho, like=ascent.slope) * ascent.slope)
+  predicted = widen(rho, like=ascent.slope) * ascent.slope
+  return Rise(widen(at_probe) - widen(value), predicted)
 
 
 def mean_rise(
@@ -101,6 +118,9 @@ def mean_rise(
   Returns:
     A :class:`Rise` of means over the shards.
 
+  Raises:
+    TypeError: if a leaf of ``params`` is no real floating-point array.
+
   Examples:
     >>> import jax.numpy as jnp
     >>> from msam_optax import euclidean
@@ -110,6 +130,9 @@ def mean_rise(
     >>> print(mean_rise(loss, jnp.zeros(1), shards, euclidean(), rho=0.5).measured)
     1.25
   """
+
+  check_real(params)
+  mask = resolve_mask(mask, params)
 
   def of_shard(shard):
     return rise(lambda p: loss(p, shard), params, metric, rho, mask=mask)
@@ -135,6 +158,10 @@ def hessian_trace(
   Returns:
     Scalar, float32 or wider.
 
+  Raises:
+    ValueError: if ``samples`` is less than 1.
+    TypeError: if a leaf of ``params`` is no real floating-point array.
+
   Examples:
     >>> import jax, jax.numpy as jnp
     >>> from msam_optax.sharpness import hessian_trace
@@ -148,6 +175,8 @@ def hessian_trace(
   """
   from matfree import stochtrace
 
+  if samples < 1:
+    raise ValueError(f'`samples` must be 1 or more, got {samples}.')
   w, hvp = _hessian(loss, params)
   sampler = stochtrace.sampler_signs(w, num=samples)
   estimate = stochtrace.estimator_monte_carlo(stochtrace.monte_carlo_trace(), sampler)
@@ -164,8 +193,16 @@ def hessian_eigenvalues(
 ) -> jax.Array:
   """The ``k`` largest or smallest eigenvalues of the Hessian.
 
-  By Lanczos' method with full orthogonalisation, ``max(64, 4k)`` Hessian-vector
-  products; exact where there are no more parameters than that.
+  By Lanczos' method in a space of ``m = max(64, 4k)`` dimensions, which is restarted
+  with its best vectors until the values have converged: ``m`` Hessian-vector products
+  at first and about ``m/2`` more per restart, at most 100 of them. Where there are no
+  more parameters than ``m`` the dense matrix is solved.
+
+  Each value has converged when its residual ``‖Hv − λv‖``, which bounds the error, is
+  below ``ε^⅔ |λ|``, which is 2e-5 of the value in float32 and 4e-11 in float64, or as
+  small as the rounding of the products allows, at most ``16 ε ‖H‖``. The scale of the
+  Hessian does not matter. Eigenvalues that dwarf those looked for, as 1e6 beside 1,
+  are split off as soon as they are known, so that they do not set the accuracy.
 
   Args:
     loss: ``params -> scalar``.
@@ -175,11 +212,13 @@ def hessian_eigenvalues(
     key: a random key, for the vector to start from.
 
   Returns:
-    ``[k]``, float32 or wider, the outermost first. In large problems eigenvalues that
-    are equal count once, and NaN stands where there are fewer than ``k`` distinct ones.
+    ``[k]``, float32 or wider, the outermost first; equal eigenvalues as often as they
+    occur. NaN for a value that has not converged after the last restart: in large
+    problems those inside a dense part of the spectrum.
 
   Raises:
     ValueError: if ``k`` or ``which`` is out of range.
+    TypeError: if a leaf of ``params`` is no real floating-point array.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -191,10 +230,9 @@ def hessian_eigenvalues(
   w, hvp = _hessian(loss, params)
   _check_selection(k, which, w.size)
   steps = max(KRYLOV_STEPS, 4 * k)
-  if w.size <= steps:
-    values = jnp.linalg.eigvalsh(_dense(hvp, w))
-  else:
-    values = _krylov(hvp, w, steps, key, which, symmetric=True)
+  if w.size > steps:
+    return _krylov(hvp, w, k, steps, key, which, symmetric=True)
+  values = jnp.linalg.eigvalsh(_dense(hvp, w))
   return values[:k] if which == 'smallest' else values[::-1][:k]
 
 
@@ -219,8 +257,12 @@ def stability(
 
   have positive real parts. The paper (its eq. 10) holds the radius fixed when it
   differentiates: ``δ = Pg`` with a constant ``P``, so ``∂δ/∂w = P ∇²ℓ(w)``, and
-  ``P = ρ/(‖g‖√(1+α²‖g‖²))`` for Monge SAM. The exact Jacobian has the derivative of
-  ``P``, too.
+  ``P = ρ/(‖g‖√(1+α²‖g‖²))`` for Monge SAM. The exact Jacobian includes the derivative
+  of ``P``.
+
+  ``k`` eigenvalues are found as by :func:`hessian_eigenvalues`, by Arnoldi's method.
+  The residual of an eigenvalue bounds its error up to its condition number, since
+  ``A`` is not symmetric.
 
   Args:
     loss: ``params -> scalar``.
@@ -235,10 +277,12 @@ def stability(
     key: with ``k``, a random key for the vector to start from.
 
   Returns:
-    ``[n]`` or ``[k]``, float32 or wider: real parts, ascending.
+    ``[n]`` or ``[k]``, float32 or wider: real parts, ascending; NaN for one of ``k``
+    that has not converged.
 
   Raises:
     ValueError: if ``k`` or ``which`` is out of range, or ``k`` lacks its ``key``.
+    TypeError: if a leaf of ``params`` is no real floating-point array.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -255,24 +299,24 @@ def stability(
     Sharpness-Aware Minimization Based on Loss Geometry
     <https://arxiv.org/abs/2502.08448>`_, 2025
   """
-  w, unravel = flatten_util.ravel_pytree(jax.tree.map(widen, params))
+  w, unravel = _flat(params)
+  mask = resolve_mask(mask, params)
 
   def gradient(w):
     return jax.grad(lambda v: loss(unravel(v)))(w)
 
-  def delta(g, w):
+  def direction(g, w):
     # The metric sees the tree: which leaves are weights, say, depends on it.
-    tree = unravel(w)
-    ascent, _ = ascend(metric, unravel(g), metric.init(tree), tree, mask=mask)
-    return rho * flatten_util.ravel_pytree(ascent.direction)[0]
+    return _flat(_ascent(metric, unravel(g), unravel(w), mask).direction)[0]
 
+  rho = widen(rho, like=w)
   g = gradient(w)
-  probe = w + delta(g, w)
+  probe = w + rho * direction(g, w)
   if fixed_radius:
-    scale = _coordinate_scale(delta, g, w)
+    scale = rho * _coordinate_scale(lambda g: direction(g, w), g)
     displaced = lambda v: v + scale * (gradient(v) - g)
   else:
-    displaced = lambda v: v + delta(gradient(v), v)
+    displaced = lambda v: v + rho * direction(gradient(v), v)
 
   def matvec(v):
     _, moved = jax.jvp(displaced, (w,), (v,))
@@ -284,16 +328,53 @@ def stability(
   if key is None:
     raise ValueError('`k` eigenvalues are found from a random start: give `key`.')
   steps = max(KRYLOV_STEPS, 4 * k)
-  if w.size <= steps:
-    values = jnp.sort(jnp.real(jnp.linalg.eigvals(_dense(matvec, w))))
-  else:
-    values = _krylov(matvec, w, steps, key, which, symmetric=False)
+  if w.size > steps:
+    values = _krylov(matvec, w, k, steps, key, which, symmetric=False)
+    return values if which == 'smallest' else values[::-1]
+  values = jnp.sort(jnp.real(jnp.linalg.eigvals(_dense(matvec, w))))
   return values[:k] if which == 'smallest' else values[-k:]
+
+
+def check_real(params: Any) -> None:
+  """Raises a TypeError unless all leaves are real floating-point arrays."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+      found = f'is no array but {leaf!r}'
+    elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      found = f'has dtype {jnp.result_type(leaf)}'
+    else:
+      continue
+    raise TypeError(
+      'The loss is differentiated with respect to every leaf of `params`, so all must'
+      f' be real floating-point arrays, but the leaf {at_path(path)} {found}. Give the'
+      ' others to the loss by a closure. Of an Equinox module: `params, static ='
+      ' eqx.partition(model, eqx.is_inexact_array)` and `lambda params:'
+      ' loss(eqx.combine(params, static))`. A complex leaf: its real and imaginary'
+      ' part as two leaves.'
+    )
+
+
+def _ascent(metric, grads, params, mask):
+  return ascend(metric, grads, metric.init(params), params, mask=mask)[0]
+
+
+def _flat(params):
+  """The parameters as one vector, float32 or wider, and the way back."""
+  check_real(params)
+  dtype = wide_dtype(params)
+  vector, unravel = flatten_util.ravel_pytree(
+    jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+  )
+
+  def restore(v):
+    return jax.tree.map(lambda x, p: widen(x, like=p), unravel(v), params)
+
+  return jnp.asarray(vector, dtype), restore
 
 
 def _hessian(loss, params):
   """The parameters as a vector, and the product of the Hessian with one."""
-  w, unravel = flatten_util.ravel_pytree(jax.tree.map(widen, params))
+  w, unravel = _flat(params)
   gradient = jax.grad(lambda v: loss(unravel(v)))
   return w, lambda v: jax.jvp(gradient, (w,), (v,))[1]
 
@@ -311,35 +392,258 @@ def _check_selection(k, which, size):
     raise ValueError(f'`which` must be "largest" or "smallest", got {which!r}.')
 
 
-def _coordinate_scale(delta, g, w):
-  """``P`` with ``δ = Pg`` coordinate by coordinate, as a vector."""
-  largest = jnp.max(jnp.abs(g), initial=0.0)
-  # Where a coordinate of g is zero the quotient's limit is needed: go near it.
-  finfo = jnp.finfo(g.dtype)
-  near = jnp.where(g == 0, jnp.maximum(finfo.eps * largest, finfo.tiny), g)
-  return jnp.where(largest > 0, delta(near, w) / jnp.where(largest > 0, near, 1.0), 0.0)
+def _coordinate_scale(direction, g):
+  """``P`` with ``direction(g) = Pg`` coordinate by coordinate, as a vector.
+
+  Where ``dᵢ = gᵢ Pᵢ(g)`` is zero its derivative is ``Pᵢ``, since those of ``Pᵢ`` are
+  multiplied by ``gᵢ``: one derivative gives the limits in all these coordinates.
+  """
+  d = direction(g)
+  unseen = d == 0
+  _, limit = jax.jvp(direction, (g,), (unseen.astype(g.dtype),))
+  scale = jnp.where(unseen, limit, d / jnp.where(unseen, 1.0, g))
+  return jnp.where(jnp.all(unseen), 0.0, scale)
 
 
-def _krylov(matvec, w, steps, key, which, *, symmetric):
-  """Ritz values, sorted; NaN for steps after the Krylov space was exhausted."""
-  from matfree import decomp
+class _Space(NamedTuple):
+  """A Krylov space between restarts: ``A basisᵀ = basisᵀ small`` on what is kept.
 
+  Attributes:
+    basis: ``[m+1, n]``, orthonormal rows, zero from ``kept + 1`` on.
+    small: ``[m+1, m]``, the matrix in this basis, column by column.
+    kept: how many columns of ``small`` are known.
+    locked: ``[slots, n]``, eigenvectors that the space is orthogonal to, or zeros.
+    locked_values: ``[slots]``, their eigenvalues.
+    locked_count: how many there are.
+    found: ``[k]``, the smallest values so far.
+    good: ``[k]``, which of them have converged.
+    converged: whether all have, so that the space goes on from a random vector.
+    done: whether they are still the smallest after that.
+    residual: the largest residual among them, the least of all cycles.
+    stalled: for how many cycles it has been small and not become less.
+    cycle: how many times the space has been filled.
+  """
+
+  basis: jax.Array
+  small: jax.Array
+  kept: jax.Array
+  locked: jax.Array
+  locked_values: jax.Array
+  locked_count: jax.Array
+  found: jax.Array
+  good: jax.Array
+  converged: jax.Array
+  done: jax.Array
+  residual: jax.Array
+  stalled: jax.Array
+  cycle: jax.Array
+
+
+class _Ritz(NamedTuple):
+  """The eigenvalues of the matrix in a Krylov space, by their real parts, ascending.
+
+  Attributes:
+    values: ``[m]``, the real parts.
+    sizes: ``[m]``, the magnitudes.
+    residuals: ``[m]``, ``‖Av − λv‖``.
+    vectors: ``[m, m]``, orthonormal columns; the first ones span the eigenvectors of
+      the first values, unless they cut a conjugate pair in two.
+    second: ``[m]``, whether a value is the second of a conjugate pair.
+  """
+
+  values: jax.Array
+  sizes: jax.Array
+  residuals: jax.Array
+  vectors: jax.Array
+  second: jax.Array
+
+
+def _krylov(matvec, w, k, steps, key, which, *, symmetric):
+  """The ``k`` outermost eigenvalues, real parts, by a thick-restarted Krylov space.
+
+  NaN for those that have not converged.
+  """
+  sign = 1 if which == 'smallest' else -1
+  start = _random_unit(key, w, [])
+  # Products are scaled, so that no square over- or underflows.
+  scale = jnp.max(jnp.abs(matvec(start)))
+  scale = jnp.where(scale > 0, scale, 1.0)
+  product = lambda v: sign * matvec(v) / scale
+  slots = steps // 4 if symmetric else 0
+  zeros = lambda *shape: jnp.zeros(shape, w.dtype)
+  space = _Space(
+    basis=zeros(steps + 1, w.size).at[0].set(start),
+    small=zeros(steps + 1, steps),
+    kept=jnp.zeros([], int),
+    locked=zeros(slots, w.size),
+    locked_values=zeros(slots),
+    locked_count=jnp.zeros([], int),
+    found=zeros(k),
+    good=jnp.zeros(k, bool),
+    converged=jnp.array(False),
+    done=jnp.array(False),
+    residual=jnp.asarray(jnp.finfo(w.dtype).max),
+    stalled=jnp.zeros([], int),
+    cycle=jnp.zeros([], int),
+  )
+
+  def unfinished(space):
+    finite = jnp.isfinite(space.residual)
+    return ~space.done & finite & (space.cycle <= KRYLOV_RESTARTS)
+
+  def cycle(space):
+    keys = jax.random.split(jax.random.fold_in(key, space.cycle))
+    space = _fill(product, space, keys[0])
+    return _restart(space, keys[1], symmetric)
+
+  space = jax.lax.while_loop(unfinished, cycle, space)
+  return sign * scale * (space.found + zero_if(space.good, w.dtype))
+
+
+def _fill(product, space, key):
+  """Arnoldi's method, up to the last dimension."""
+  eps = jnp.finfo(space.basis.dtype).eps
+
+  def step(j, carry):
+    basis, small = carry
+    image = product(basis[j])
+    v, first = _orthogonalise(image, space.locked, basis)
+    v, second = _orthogonalise(v, space.locked, basis)
+    length = jnp.linalg.norm(v)
+    # What is left of an exhausted space is rounding: any direction may follow it.
+    going = length > 10 * eps * jnp.linalg.norm(image)
+    length = jnp.where(going, length, 0.0)
+    v = jax.lax.cond(
+      going,
+      lambda: v / jnp.where(going, length, 1.0),
+      lambda: _random_unit(jax.random.fold_in(key, j), v, [space.locked, basis]),
+    )
+    column = (first + second).at[j + 1].set(length)
+    return basis.at[j + 1].set(v), small.at[:, j].set(column)
+
+  steps = space.small.shape[1]
+  basis, small = jax.lax.fori_loop(space.kept, steps, step, (space.basis, space.small))
+  return space._replace(basis=basis, small=small)
+
+
+def _restart(space, key, symmetric):
+  """What has converged, and a smaller space to go on with."""
+  k, slots = space.found.size, space.locked_values.size
+  steps, dtype = space.small.shape[1], space.small.dtype
+  eps, most = jnp.finfo(dtype).eps, jnp.finfo(dtype).max
+  square, last, rows = space.small[:-1], space.small[-1], space.basis[:-1]
   if symmetric:
-    factorise = decomp.tridiag_sym(steps)
-  else:
-    factorise = decomp.hessenberg(steps, reortho='full')
-  start = jax.random.normal(key, w.shape, w.dtype)
-  small = jnp.asarray(factorise(matvec, start).J_small)
-  # After an exhausted space (fewer distinct eigenvalues than steps) matfree goes on
-  # with rounding errors, whose Ritz values are spurious: put them out of sight.
-  bound = 1 + 2 * jnp.max(jnp.nansum(jnp.abs(small), axis=1))
-  below = jnp.abs(jnp.diagonal(small, -1))
-  going = jnp.cumprod(below > steps * jnp.finfo(w.dtype).eps * bound) > 0
-  alive = jnp.concatenate([jnp.array([True]), going])
-  beyond = bound if which == 'smallest' else -bound
-  small = jnp.where(alive[:, None] & alive[None], small, beyond * jnp.eye(steps))
+    # The columns are complete, while rows of what was kept may have been dropped.
+    square = jnp.triu(square) + jnp.triu(square, 1).T
+  ritz = _ritz(square, last, symmetric)
+
+  # The smallest of all, the locked ones included, whose residuals are rounding errors.
+  unused = jnp.arange(slots) >= space.locked_count
+  locked_values = jnp.where(unused, most, space.locked_values)
+  negated, smallest = jax.lax.top_k(-jnp.concatenate([locked_values, ritz.values]), k)
+  found = -negated
+  padded = lambda x: jnp.concatenate([jnp.zeros(slots, dtype), x])[smallest]
+  residuals, sizes = padded(ritz.residuals), padded(ritz.sizes)
+
+  # Small residuals that no longer become less are rounding errors of the products.
+  locked_sizes = jnp.abs(space.locked_values)
+  largest = jnp.maximum(jnp.max(ritz.sizes), jnp.max(locked_sizes, initial=0.0))
+  rounding, residual = 16 * eps * largest, jnp.max(residuals)
+  moving = (residual < 0.9 * space.residual) | (residual > rounding)
+  stalled = jnp.where(moving & (space.stalled < 3), 0, space.stalled + 1)
+  ending = (stalled >= 3) | (space.cycle == KRYLOV_RESTARTS)
+  tolerances = eps ** (2 / 3) * sizes + jnp.where(ending, rounding, 0.0)
+  good = residuals <= tolerances
+
+  # Eigenvalues that dwarf those looked for drown them in rounding errors of the small
+  # matrix. Split off, they matter to the second order of their residuals only.
+  dwarf = ritz.sizes > 32 * jnp.min(jnp.abs(found))
+  dwarf &= ritz.residuals <= 10 * eps * ritz.sizes
+  _, ranked = jax.lax.top_k(jnp.where(dwarf, ritz.sizes, -1.0), slots)
+  place = space.locked_count + jnp.arange(slots)
+  place = jnp.where(dwarf[ranked] & (place < slots), place, slots)
+  locked = space.locked.at[place].set(
+    _dot(ritz.vectors[:, ranked].T, rows), mode='drop'
+  )
+  locked_values = space.locked_values.at[place].set(ritz.values[ranked], mode='drop')
+  locking = jnp.any(place < slots)
+  leaving = jnp.where(place < slots, ranked, steps)
+  staying = ritz.vectors.at[:, leaving].set(0.0, mode='drop')
+
+  converged = jnp.all(good) & ~locking
+  same = jnp.all(jnp.abs(found - space.found) <= 2 * tolerances)
+  # One of several equal eigenvalues may be hidden from a start, not from the next.
+  done = converged & ((k == 1) | (space.converged & same))
+
+  # Kept are the smallest half, or what has converged; nothing where the small matrix
+  # was inaccurate, but the sum of the half.
+  kept = jnp.where(converged, jnp.sum(smallest >= slots), steps // 2)
+  kept = jnp.where(ritz.second[kept], kept + 1, kept)
+  kept = jnp.where(locking, 0, kept)
+  chosen = jnp.where(jnp.arange(steps) < kept, ritz.vectors, 0.0)
+  basis = jnp.zeros_like(space.basis).at[:-1].set(_dot(chosen.T, rows))
+  follower = jax.lax.switch(
+    jnp.where(locking, 2, jnp.where(converged, 1, 0)),
+    [
+      lambda: space.basis[-1],
+      lambda: _random_unit(key, space.basis[-1], [locked, basis]),
+      lambda: _unit(_dot(jnp.sum(staying[:, : steps // 2], axis=1), rows), [locked]),
+    ],
+  )
+  coupling = jnp.where(converged, 0.0, _dot(last, chosen))
+  small = jnp.zeros_like(space.small).at[:-1].set(_dot(chosen.T, _dot(square, chosen)))
+  return _Space(
+    basis=basis.at[kept].set(follower),
+    small=small.at[kept].set(coupling),
+    kept=jnp.asarray(kept, int),
+    locked=locked,
+    locked_values=locked_values,
+    locked_count=space.locked_count + jnp.sum(place < slots),
+    found=found,
+    good=good,
+    converged=converged,
+    done=done,
+    residual=jnp.where(locking, most, jnp.minimum(space.residual, residual)),
+    stalled=jnp.where(locking, 0, stalled),
+    cycle=space.cycle + 1,
+  )
+
+
+def _ritz(square, last, symmetric):
   if symmetric:
-    values = jnp.linalg.eigvalsh(small)
-  else:
-    values = jnp.sort(jnp.real(jnp.linalg.eigvals(small)))
-  return jnp.where(jnp.abs(values) > 0.9 * bound, jnp.nan, values)
+    values, vectors = jnp.linalg.eigh(square)
+    second = jnp.zeros(values.shape, bool)
+    return _Ritz(values, jnp.abs(values), jnp.abs(_dot(last, vectors)), vectors, second)
+  values, vectors = jnp.linalg.eig(square)
+  order = jnp.lexsort((-values.imag, jnp.abs(values.imag), values.real))
+  values, vectors = values[order], vectors[:, order]
+  second = values.imag < 0
+  residuals = jnp.abs(_dot(last.astype(vectors.dtype), vectors))
+  # A conjugate pair has the real and the imaginary part of its vector.
+  real, _ = jnp.linalg.qr(jnp.where(second, vectors.imag, vectors.real))
+  return _Ritz(values.real, jnp.abs(values), residuals, real, second)
+
+
+def _dot(a, b):
+  """The product, in full precision on accelerators as well."""
+  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _orthogonalise(v, *spaces):
+  """What is left of a vector, and its parts in the last of some spaces."""
+  parts = jnp.zeros([], v.dtype)
+  for rows in spaces:
+    parts = _dot(rows, v)
+    v = v - _dot(parts, rows)
+  return v, parts
+
+
+def _unit(v, spaces):
+  """A vector of length one, orthogonal to some spaces."""
+  for _ in range(2):
+    v, _ = _orthogonalise(v / jnp.linalg.norm(v), *spaces)
+  return v / jnp.linalg.norm(v)
+
+
+def _random_unit(key, like, spaces):
+  return _unit(jax.random.normal(key, like.shape, like.dtype), spaces)

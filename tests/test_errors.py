@@ -1,6 +1,7 @@
 """Bad input: each message says what was wrong, where, and what to write instead."""
 
 from flax import nnx
+from flax.training import train_state
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,6 +230,79 @@ def test_value_given_with_gradients():
   tx = msam()
   with pytest.raises(ValueError, match=r'seems to be `\(value, grads\)`'):
     tx.update((1.0, GRADS), tx.init(PARAMS), PARAMS, grad_fn=jax.grad(quadratic))
+
+
+def call_notes(**functions):
+  """What is added to an error from within the user's own function."""
+  with pytest.raises(Exception) as error:  # noqa: PT011
+    update(msam(), **functions)
+  return ' '.join(error.value.__notes__)
+
+
+def test_gradient_function_of_other_arguments():
+  """That of `optax.contrib.sam`, and one whose batch is not bound."""
+  for grad_fn in (lambda params, i: params, jax.grad(lambda params, batch: 0.0)):
+    note = call_notes(grad_fn=grad_fn)
+    assert 'the `grad_fn` given to `update`, which is called with' in note
+    assert 'It takes other arguments. Bind them: `grad_fn=lambda params:' in note
+    assert 'one for optax.contrib.sam' in note
+    assert '`lambda params: grad_fn(params, 0)`' in note
+
+
+def test_gradient_function_whose_loss_has_an_auxiliary_output():
+  note = call_notes(grad_fn=jax.grad(lambda params: (quadratic(params), 'aux')))
+  assert 'jax.grad(loss, has_aux=True)(params)[0]' in note
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize('name', ['grad_fn', 'value_and_grad_fn'])
+def test_gradient_function_of_an_nnx_model(name):
+  """NNX's own, which wants the model and gets the state of its parameters."""
+  model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, msam(), wrt=nnx.Param)
+  loss_fn = lambda model: jnp.sum(model(jnp.ones((1, 2))))
+  take = {'grad_fn': nnx.grad, 'value_and_grad_fn': nnx.value_and_grad}[name](loss_fn)
+  with pytest.raises(TypeError) as error:
+    optimizer.update(model, nnx.grad(loss_fn)(model), **{name: take})
+  assert f'`{name}=flax_nnx.{name}(loss, model, batch)`' in ' '.join(
+    error.value.__notes__
+  )
+
+
+def test_gradients_in_place_of_a_function():
+  with pytest.raises(TypeError, match='`grad_fn` must be a function of the parameters'):
+    update(msam(), grad_fn=GRADS)
+  with pytest.raises(TypeError, match='`value_and_grad_fn` must be a function of the'):
+    update(msam(), value_and_grad_fn=(1.0, GRADS))
+
+
+def test_flax_own_train_state():
+  state = train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=msam())
+  with pytest.raises(ValueError, match=r'use `msam_optax\.flax_linen\.TrainState`'):
+    state.apply_gradients(grads=GRADS, grad_fn=jax.grad(quadratic))
+
+
+@pytest.mark.parametrize(
+  'before',
+  [optax.sgd(0.1), optax.adam(0.1), optax.clip(0.5), optax.add_decayed_weights(0.1)],
+  ids=['sgd', 'adam', 'clip', 'add_decayed_weights'],
+)
+@pytest.mark.standard_promotion
+def test_behind_another_transformation(before):
+  """Where the gradient is given a second time, it is seen that another one came in."""
+  run = lambda tx: jax.jit(
+    lambda grads: update(tx, grads, grad_fn=jax.grad(quadratic), grad=grads)
+  )(GRADS)
+  run(optax.chain(msam(), before))
+  with pytest.raises(ValueError, match=r"at \['a'\] is not the `grad`.* put it first"):
+    run(optax.chain(before, msam()))
+
+
+@pytest.mark.standard_promotion
+def test_inside_accumulation_with_the_gradient_of_one_batch():
+  tx = optax.MultiSteps(optax.chain(msam(), optax.sgd(0.1)), every_k_schedule=2)
+  with pytest.raises(ValueError, match=r'accumulates it \(optax\.MultiSteps\)'):
+    update(tx, grad_fn=jax.grad(quadratic), grad=GRADS)
 
 
 def test_others_extra_arguments_are_no_misspellings():

@@ -6,6 +6,7 @@ from flax import serialization
 from flax.training import train_state
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -130,3 +131,53 @@ def test_serialization_round_trip_continues_bit_for_bit():
     state, _ = train_step(state, key)
     restored, _ = train_step(restored, key)
   chex.assert_trees_all_equal(restored, state)
+
+
+@pytest.mark.parametrize('kind', ['object', 'transformation'])
+def test_accumulation_around_the_method_gets_grad_fn(kind):
+  """``MultiSteps(chain(msam, …), k)``, whose type does not say that it forwards."""
+  inner = optax.chain(msam(rho=0.5), optax.sgd(0.1))
+  steps = optax.MultiSteps(inner, every_k_schedule=2)
+  tx = steps if kind == 'object' else steps.gradient_transformation()
+  params = {'w': jnp.array([0.3, 0.4])}
+  loss = lambda params: jnp.sum(params['w'] ** 2)
+  state = TrainState.create(apply_fn=None, params=params, tx=tx)
+  for _ in range(2):
+    state = state.apply_gradients(
+      grads=jax.grad(loss)(state.params), grad_fn=jax.grad(loss)
+    )
+  # Twice the same gradient is one step: at w + 0.5 w / (0.5 √2), so 2 w (1 + 1/√2).
+  w = np.array([0.3, 0.4])
+  want = w - 0.2 * w * (1 + 0.5**0.5)
+  chex.assert_trees_all_close(state.params['w'], want, rtol=1e-6)
+  assert state.tx is tx
+
+
+def test_an_optimizer_that_takes_no_extra_arguments_gets_none():
+  params = {'w': jnp.ones(2)}
+  plain = optax.sgd(0.1)
+  tx = optax.GradientTransformation(plain.init, lambda g, s, p: plain.update(g, s, p))
+  state = TrainState.create(apply_fn=None, params=params, tx=tx)
+  state = state.apply_gradients(grads=params, grad_fn=lambda p: p)
+  chex.assert_trees_all_close(state.params['w'], jnp.array([0.9, 0.9]), rtol=1e-6)
+
+
+class ValuesState(TrainState):
+  """A train state with a field whose name is near to that of an extra argument."""
+
+  values: jax.Array
+
+
+def test_an_extra_argument_of_optax_is_no_misspelt_field():
+  params = {'w': jnp.ones(2)}
+  tx = optax.chain(msam(), optax.sgd(0.1))
+  loss = lambda params: jnp.sum(params['w'] ** 2)
+  state = ValuesState.create(apply_fn=None, params=params, tx=tx, values=jnp.zeros(1))
+  state = state.apply_gradients(
+    grads=jax.grad(loss)(params),
+    value_and_grad_fn=jax.value_and_grad(loss),
+    value=loss(params),
+    values=jnp.ones(1),
+  )
+  assert optax.tree.get(state.opt_state, 'rise') > 0
+  assert state.values == 1

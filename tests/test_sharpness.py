@@ -1,8 +1,11 @@
 """Sharpness measures against dense float64 Hessians, closed forms, and each other."""
 
 import functools
+from typing import Any
+from typing import NamedTuple
 
 import chex
+import equinox as eqx
 import jax
 from jax import flatten_util
 import jax.numpy as jnp
@@ -149,15 +152,90 @@ def test_eigenvalues_without_a_dense_matrix(which):
 
 
 @pytest.mark.parametrize('which', ['largest', 'smallest'])
-def test_equal_eigenvalues_count_once_in_large_problems(which):
-  """The Krylov space ends after two steps; nothing spurious may come out."""
-  scale = jnp.where(jnp.arange(200) < 150, 1.0, 3.0)
-  got = sharpness.hessian_eigenvalues(
-    lambda w: jnp.sum(scale * w**2) / 2, jnp.ones(200), k=3, which=which, key=KEY
+def test_equal_eigenvalues_count_as_often_as_they_occur(which):
+  """Two steps exhaust the Krylov space of the first; the second hides two of three."""
+  exhausted = np.where(np.arange(SIZE) < 150, 1.0, 3.0)
+  hidden = np.concatenate([[-2.0] * 3, np.linspace(-1, 1, SIZE - 6), [2.0] * 3])
+  for spectrum in (exhausted, hidden):
+    got = extreme(jnp.asarray(spectrum, jnp.float32), which)
+    np.testing.assert_allclose(got, ends(spectrum, which), rtol=1e-4)
+
+
+SIZE = 200
+
+
+@functools.partial(jax.jit, static_argnames='which')
+def extreme(matrix, which):
+  """Three eigenvalues of a matrix, or of a diagonal one, as those of a Hessian."""
+
+  def quadratic(w):
+    product = matrix * w if matrix.ndim == 1 else matrix @ w
+    return jnp.vdot(w, product) / 2
+
+  w = jnp.zeros(matrix.shape[-1], matrix.dtype)
+  return sharpness.hessian_eigenvalues(quadratic, w, k=3, which=which, key=KEY)
+
+
+def ends(spectrum, which):
+  values = np.sort(np.asarray(spectrum, np.float64))
+  return values[:3] if which == 'smallest' else values[::-1][:3]
+
+
+SPECTRA = {
+  'even': np.linspace(-0.3, 1, SIZE),
+  'outlier-10': np.append(10, np.linspace(-1, 1, SIZE - 1)),
+  'outlier-1e4': np.append(1e4, np.linspace(-1, 1, SIZE - 1)),
+  'outlier-1e5': np.append(1e5, np.linspace(-1, 1, SIZE - 1)),
+  'outliers': np.append([-1e6, -1e3, 1e4, 1e5], np.linspace(-1, 1, SIZE - 4)),
+  'decades': np.append(np.geomspace(1e-6, 1, SIZE // 2), -np.geomspace(1e-6, 1, 100)),
+  'rank-5': np.append([-2.0, -1.0, 1.0, 2.0, 3.0], np.zeros(SIZE - 5)),
+}
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('which', ['largest', 'smallest'])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
+def test_eigenvalues_over_20_decades_of_scale_and_6_of_spread(dtype, which):
+  """Of diagonal Hessians, and of dense ones as far as their rounded entries go."""
+  eps = jnp.finfo(dtype).eps
+  rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(SIZE, SIZE)))
+  for spectrum in SPECTRA.values():
+    rotated = rotation @ np.diag(spectrum) @ rotation.T
+    for scale in (1e-10, 1.0, 1e10):
+      got = extreme(jnp.asarray(scale * spectrum, dtype), which)
+      assert got.dtype == dtype
+      expected = ends(scale * spectrum, which)
+      # Zeros beside the five of rank five are as small as rounding errors are.
+      floor = 1e-3 * eps * np.max(np.abs(spectrum)) * scale
+      np.testing.assert_allclose(got, expected, rtol=4 * eps ** (2 / 3), atol=floor)
+      got = extreme(jnp.asarray(scale * rotated, dtype), which)
+      np.testing.assert_allclose(
+        got, expected, rtol=4 * eps ** (2 / 3), atol=4e3 * floor
+      )
+
+
+@pytest.mark.parametrize('which', ['largest', 'smallest'])
+def test_eigenvalues_on_one_side_of_a_tiny_hessian(which):
+  spectrum = np.linspace(-3e-6, 1e-5, 100)
+  got = extreme(jnp.asarray(spectrum, jnp.float32), which)
+  np.testing.assert_allclose(got, ends(spectrum, which), rtol=1e-4)
+
+
+@pytest.mark.usefixtures('x64')
+def test_an_eigenvalue_is_right_or_nan():
+  """The smallest of a spectrum are 1e-9 of it apart: Krylov spaces cannot tell them."""
+  spectrum = np.geomspace(1e-3, 1e3, SIZE)
+  got = extreme(jnp.asarray(spectrum), 'smallest')
+  assert np.isnan(got).any()
+  np.testing.assert_allclose(
+    got[~np.isnan(got)], ends(spectrum, 'smallest')[~np.isnan(got)], rtol=1e-8
   )
-  expected = [3.0, 1.0] if which == 'largest' else [1.0, 3.0]
-  np.testing.assert_allclose(got[:2], expected, rtol=1e-4)
-  assert np.isnan(got[2])
+
+
+def test_a_hessian_that_is_not_finite_has_nan_for_eigenvalues():
+  for value in (jnp.nan, jnp.inf):
+    got = extreme(jnp.ones(SIZE).at[7].set(value), 'largest')
+    np.testing.assert_array_equal(got, np.nan)
 
 
 def test_eigenvalues_of_a_plane_are_zero():
@@ -247,17 +325,223 @@ def test_stability_matrix_free_equals_dense(which, fixed_radius):
   np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-@pytest.mark.usefixtures('x64')
-def test_a_coordinate_without_gradient_has_its_part_in_the_stability_matrix():
+@pytest.mark.parametrize('scale', [1e-30, 1e-10, 1.0, 1e10, 1e30])
+def test_a_coordinate_without_gradient_has_its_part_in_the_stability_matrix(scale):
   """SAM on ``(w₀² + 3w₁²)/2`` at w₁ = 0: eq. 10 with ρ̃ = ρ/|w₀| in both coordinates."""
-  bowl = lambda w: (w[0] ** 2 + 3 * w[1] ** 2) / 2
+  bowl = lambda w: scale / 2 * (w[0] ** 2 + 3 * w[1] ** 2)
   got = sharpness.stability(bowl, jnp.array([2.0, 0.0]), euclidean(), 0.5)
-  np.testing.assert_allclose(got, [1 * (1 + 0.25), 3 * (1 + 0.75)], rtol=1e-10)
+  expected = [scale * 1 * (1 + 0.25), scale * 3 * (1 + 0.75)]
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('steep', [1e-8, 1.0, 1e8])
+def test_a_leaf_that_is_not_moved_has_no_part_in_the_scale_of_coordinates(steep):
+  """Its gradient is ``steep``, that of the bowl beside it (−1, 0)."""
+
+  def bowl(params):
+    w = params['bowl']
+    return (w[0] ** 2 + 3 * w[1] ** 2) / 2 + steep * params['frozen']
+
+  params = {'bowl': jnp.array([-1.0, 0.0]), 'frozen': jnp.array(0.0)}
+  mask = {'bowl': True, 'frozen': False}
+  got = sharpness.stability(bowl, params, euclidean(), 0.5, mask=mask)
+  np.testing.assert_allclose(got, [0.0, 1 * (1 + 0.5), 3 * (1 + 1.5)], rtol=1e-5)
+
+
+def test_coordinates_are_as_long_as_the_metric_says():
+  """ASAM, ``P = ρ w²/‖w g‖``: weights of 1 and 1e4, the latter without a gradient."""
+  at = jnp.array([[1.0, 1e4]])
+  loss_fn = lambda w: (w[0, 0] ** 2 + 3 * (w[0, 1] - at[0, 1]) ** 2) / 2
+  got = sharpness.stability(loss_fn, at, adaptive(0.0), 1e-3)
+  # The probe moves the first coordinate only, and the Hessian is constant.
+  expected = [1 * (1 + 1e-3), 3 * (1 + 3e-3 * 1e8)]
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_a_direction_that_underflows_has_its_part_in_the_stability_matrix():
+  """The second coordinate of the direction, 1e-40, is no normal float32."""
+  loss_fn = lambda w: 1e20 * w[0] + 1e20 * w[1] ** 2 / 2
+  got = sharpness.stability(loss_fn, jnp.array([0.0, 1e-30]), euclidean(), 1.0)
+  np.testing.assert_allclose(got, [0.0, 1e20 * (1 + 1)], rtol=1e-5)
 
 
 def test_stability_without_gradient_is_the_hessian():
   got = sharpness.stability(lambda w: jnp.sum(w**2), jnp.zeros(2), monge(), 0.5)
   np.testing.assert_allclose(got, [2.0, 2.0])
+
+
+@pytest.mark.parametrize('which', ['largest', 'smallest'])
+def test_which_of_the_real_parts(which):
+  bowl = lambda w: jnp.sum(jnp.array([4.0, 1.0, 3.0, 2.0]) * w**2) / 2
+  args = (bowl, jnp.zeros(4), euclidean(), 0.5)
+  got = sharpness.stability(*args, k=2, which=which, key=KEY)
+  np.testing.assert_allclose(got, [3, 4] if which == 'largest' else [1, 2], rtol=1e-5)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('which', ['largest', 'smallest'])
+def test_stability_in_many_dimensions_over_20_decades_of_scale(which):
+  """``H(I + PH)`` of a quadratic under ASAM, which is not symmetric, by dense NumPy."""
+  n, rho, rng = 120, 0.1, np.random.default_rng(3)
+  rotation, _ = np.linalg.qr(rng.normal(size=(n, n)))
+  spectrum = np.append(np.linspace(-1, 1, n - 3), [-4.0, 5.0, 300.0])
+  hessian = rotation @ np.diag(spectrum) @ rotation.T
+  w = rng.normal(size=n)
+
+  @jax.jit
+  def solve(hessian):
+    return sharpness.stability(
+      lambda v: v @ hessian @ v / 2,
+      jnp.asarray(w),
+      adaptive(0.0, weights=True),
+      rho,
+      k=3,
+      which=which,
+      key=KEY,
+    )
+
+  for scale in (1e-10, 1.0, 1e10):
+    g = scale * hessian @ w
+    p = rho * w**2 / np.linalg.norm(w * g)
+    matrix = scale * hessian @ (np.eye(n) + p[:, None] * scale * hessian)
+    values = np.sort(np.linalg.eigvals(matrix).real)
+    expected = values[-3:] if which == 'largest' else values[:3]
+    np.testing.assert_allclose(solve(scale * hessian), expected, rtol=1e-8)
+
+
+class Line(NamedTuple):
+  """A model that is called, as Equinox modules are: all its leaves are arrays."""
+
+  weight: Any
+  bias: Any
+
+  def __call__(self, x):
+    return self.weight @ x + self.bias
+
+
+MODELS = {
+  'equinox': eqx.nn.Linear(2, 2, key=KEY),
+  'partial': jax.tree_util.Partial(jnp.dot, jnp.array([[1.0, 2.0], [3.0, 4.0]])),
+  'tuple': Line(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0.5, -1.0])),
+}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_model_that_can_be_called_is_a_tree_of_parameters(name):
+  """Of ``(‖m(1)‖² + c Σw)/2``; the same as for a list of its leaves."""
+  model = MODELS[name]
+  leaves, structure = jax.tree.flatten(model)
+  of_model = lambda m, c=0.0: (
+    jnp.sum(m(jnp.ones(2)) ** 2) + c * sum(map(jnp.sum, jax.tree.leaves(m)))
+  )
+  of_leaves = lambda ls, c=0.0: of_model(structure.unflatten(ls), c)
+  mask = jax.tree.map(lambda w: w.ndim > 1, model)
+  shards = jnp.array([0.5, 1.0])
+
+  def measure(loss_fn, params, mask):
+    options = dict(metric=monge(), rho=0.1, mask=mask)
+    return (
+      sharpness.rise(loss_fn, params, **options),
+      sharpness.mean_rise(loss_fn, params, shards, **options),
+      sharpness.hessian_trace(loss_fn, params, key=KEY, samples=2),
+      sharpness.hessian_eigenvalues(loss_fn, params, k=2, key=KEY),
+      sharpness.stability(loss_fn, params, **options),
+    )
+
+  chex.assert_trees_all_close(
+    measure(of_model, model, mask),
+    measure(of_leaves, leaves, jax.tree.leaves(mask)),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+CALLS = {
+  'rise': lambda f, p: sharpness.rise(f, p, monge(), 0.1),
+  'mean_rise': lambda f, p: sharpness.mean_rise(
+    lambda p, _: f(p), p, jnp.ones(2), monge(), 0.1
+  ),
+  'trace': lambda f, p: sharpness.hessian_trace(f, p, key=KEY, samples=2),
+  'eigenvalues': lambda f, p: sharpness.hessian_eigenvalues(f, p, key=KEY),
+  'stability': lambda f, p: sharpness.stability(f, p, monge(), 0.1),
+}
+
+
+@pytest.mark.parametrize('name', CALLS)
+@pytest.mark.parametrize(
+  ('leaf', 'found'),
+  [
+    (jax.nn.relu, 'is no array but .*relu'),
+    ('relu', "is no array but 'relu'"),
+    (jnp.float32, 'is no array but'),
+    (jnp.arange(3), 'has dtype int32'),
+    (3, 'has dtype int32'),
+    (True, 'has dtype bool'),
+    (jnp.array(1j), 'has dtype complex64'),
+    (KEY, r'has dtype key<fry>'),
+  ],
+  ids=str,
+)
+def test_a_leaf_that_is_no_real_array(name, leaf, found):
+  message = rf"leaf at \['b'\] {found}.*eqx.partition\(model, eqx.is_inexact_array\)"
+  with pytest.raises(TypeError, match=message):
+    CALLS[name](lambda p: jnp.sum(p['w'] ** 2), {'w': jnp.ones(2), 'b': leaf})
+
+
+@pytest.mark.parametrize('name', CALLS)
+def test_arrays_of_an_equinox_model_as_the_message_says(name):
+  model = eqx.nn.MLP(2, 'scalar', 3, 1, key=KEY)
+  params, static = eqx.partition(model, eqx.is_inexact_array)
+  got = CALLS[name](lambda p: eqx.combine(p, static)(jnp.ones(2)) ** 2, params)
+  chex.assert_tree_all_finite(got)
+
+
+@pytest.mark.parametrize('name', CALLS)
+def test_a_loss_in_half_precision_of_parameters_in_several(name):
+  """``Σ (½wᵢ²) + Σ bᵢ²`` at halves, which bfloat16 holds exactly."""
+
+  def loss_fn(params):
+    w, b = (x.astype(jnp.bfloat16) for x in (params['w'], params['b']))
+    return jnp.sum(w**2) / 2 + jnp.sum(b**2)
+
+  params = {'w': jnp.array([0.5]), 'b': jnp.array([1.0], jnp.bfloat16)}
+  got = CALLS[name](loss_fn, params)
+  assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
+  if name == 'trace':
+    np.testing.assert_allclose(got, 1 + 2, rtol=1e-2)
+  if name == 'eigenvalues':
+    np.testing.assert_allclose(got, [2], rtol=1e-2)
+
+
+@pytest.mark.usefixtures('x64')
+def test_parameters_in_single_and_double_precision():
+  params = {'a': jnp.ones(2, jnp.float32), 'b': jnp.full(2, 2.0)}
+  loss_fn = lambda p: jnp.sum(p['a'] ** 2).astype(jnp.float64) + jnp.sum(p['b'] ** 4)
+  got = sharpness.hessian_eigenvalues(loss_fn, params, k=4, key=KEY)
+  np.testing.assert_allclose(got, [48, 48, 2, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', CALLS)
+def test_healthy_calls_make_no_nan_and_no_inf_on_the_way(name):
+  """Operation by operation, at a point where a coordinate has no gradient."""
+  loss_fn = lambda p: jnp.sum(p['w'] ** 2) + jnp.sum(p['b'] ** 3)
+  params = {'w': jnp.array([1.0, 0.0]), 'b': jnp.ones(1)}
+  with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit():
+    chex.assert_tree_all_finite(CALLS[name](loss_fn, params))
+
+
+def test_healthy_krylov_spaces_make_no_nan_and_no_inf_on_the_way():
+  """One that is exhausted, for eigenvalues that are equal."""
+  with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit():
+    got = sharpness.hessian_eigenvalues(
+      lambda w: jnp.sum(w**2), jnp.ones(80), k=2, key=KEY
+    )
+  np.testing.assert_allclose(got, [2.0, 2.0], rtol=1e-5)
+
+
+def test_no_samples():
+  with pytest.raises(ValueError, match='`samples` must be 1 or more, got 0'):
+    sharpness.hessian_trace(jnp.sum, jnp.ones(2), key=KEY, samples=0)
 
 
 @pytest.mark.parametrize(

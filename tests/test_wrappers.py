@@ -1,9 +1,12 @@
 """Inside, around and beside every wrapper of Optax: right, or an error that helps."""
 
 import chex
+from flax import serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import msam_optax
@@ -185,12 +188,61 @@ def test_drop_in_works_with_every_wrapper(name):
   chex.assert_trees_all_equal(value, loss(PARAMS, DATA))
 
 
+def test_before_lookahead():
+  """Gradients are taken at the fast parameters of its two sets."""
+  params = optax.LookaheadParams.init_synced(PARAMS)
+  inner = optax.lookahead(optax.sgd(0.1), sync_period=5, slow_step_size=0.5)
+  tx = optax.chain(msam(rho=0.2), inner)
+  updates, _ = tx.update(GRAD_FN(PARAMS), tx.init(params), params, grad_fn=GRAD_FN)
+  chex.assert_trees_all_close(updates.fast, expected(), rtol=1e-5)
+
+
 def test_drop_in_with_lookahead():
   params = optax.LookaheadParams.init_synced(PARAMS)
   tx = optax.lookahead(optax.sgd(0.1), sync_period=5, slow_step_size=0.5)
   _, grads = msam_optax.value_and_grad(lambda p: loss(p, DATA), rho=0.2)(params.fast)
   updates, _ = tx.update(grads, tx.init(params), params)
   chex.assert_trees_all_close(updates.fast, expected(), rtol=1e-5)
+
+
+def test_clipping_before_the_method_changes_its_radius_and_after_it_does_not():
+  """Monge SAM's is shorter the longer the gradient, and clipping shortens that."""
+  clip = optax.clip_by_global_norm(0.1)
+  run = lambda *parts: step(optax.chain(*parts), grad_fn=GRAD_FN)
+  g = GRAD_FN(PARAMS)
+  n = float(optax.tree.norm(g))
+  assert n > 1
+
+  def at_probe(slope):
+    factor = 0.2 / (n * np.sqrt(1 + slope**2))
+    return GRAD_FN(jax.tree.map(lambda w, g: w + factor * g, PARAMS, g))
+
+  after = jax.tree.map(lambda x: 0.1 * x / optax.tree.norm(at_probe(n)), at_probe(n))
+  chex.assert_trees_all_close(run(msam(rho=0.2), clip), after, rtol=1e-5)
+  chex.assert_trees_all_close(run(clip, msam(rho=0.2)), at_probe(0.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize('how', ['flax', 'orbax'])
+def test_training_that_began_without_the_method_goes_on_with_it(how, tmp_path):
+  """A checkpoint of Adam: its state takes its place in the chain's."""
+  adam, tx = optax.adam(0.1), optax.chain(msam(rho=0.2), optax.adam(0.1))
+  updates, old = adam.update(GRAD_FN(PARAMS), adam.init(PARAMS), PARAMS)
+  params = optax.apply_updates(PARAMS, updates)
+  if how == 'flax':
+    saved = serialization.to_bytes((params, old))
+    params, restored = serialization.from_bytes((PARAMS, adam.init(PARAMS)), saved)
+  else:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(tmp_path / 'adam', (params, old))
+      checkpointer.wait_until_finished()
+      params, restored = checkpointer.restore(tmp_path / 'adam', (params, old))
+
+  ascent, _ = tx.init(params)
+  updates, _ = tx.update(GRAD_FN(params), (ascent, restored), params, grad_fn=GRAD_FN)
+
+  at_probe = msam_optax.value_and_grad(lambda p: loss(p, DATA), rho=0.2)(params)[1]
+  want, _ = adam.update(at_probe, old, params)
+  chex.assert_trees_all_close(updates, want, rtol=1e-4)
 
 
 def accumulated(k=3):
