@@ -179,9 +179,9 @@ def check_admits(mask: Any) -> None:
   leaves = jax.tree.leaves(mask)
   if leaves and not any(leaves):
     raise ValueError(
-      '`mask` admits no leaf, so nothing would be perturbed. A function under'
-      ' optax.inject_hyperparams is called with the step count, unless it is named:'
-      " `inject_hyperparams(msam, static_args=('mask',))`."
+      '`mask` admits no leaf, or no leaf has a gradient, so nothing would be perturbed.'
+      ' A function as `mask` under optax.inject_hyperparams is called with the step'
+      " count, unless it is named: `inject_hyperparams(msam, static_args=('mask',))`."
     )
 
 

@@ -1,5 +1,6 @@
 """Flax Linen: a train state that forwards extra arguments, and loss scaling."""
 
+from collections.abc import Mapping
 import dataclasses
 import difflib
 import functools
@@ -82,7 +83,7 @@ class TrainState(train_state.TrainState):
         raise TypeError(
           f'`{name}` is no field of {type(self).__name__}; `{similar[0]}` is.'
         )
-    if OVERWRITTEN in grads:
+    if isinstance(grads, Mapping) and OVERWRITTEN in grads:
       extra = _of_parameters(extra, self.params)
     # A tx with its extra arguments bound, so that Flax's own step does the rest.
     bound = types.SimpleNamespace(update=functools.partial(_update, self.tx, extra))

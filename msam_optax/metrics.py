@@ -12,6 +12,7 @@ they neither overflow nor underflow.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from msam_optax.hyperparameters import is_schedule
 from msam_optax.hyperparameters import value_at
 from msam_optax.masks import resolve_mask
 from msam_optax.masks import weights_by_default
+from msam_optax.numerics import is_infinite
 from msam_optax.numerics import normalize
 from msam_optax.numerics import wide_dtype
 from msam_optax.numerics import widen
@@ -85,7 +87,7 @@ def _diagonal(scale: Callable[[Any, Any, Any], Any], eta: Any = 0.0) -> Metric:
     h = jax.tree.map(lambda t, g: t * jnp.asarray(g, dtype), T, grads)
     unit, norm = normalize(h, param_specs)
     # A NaN for eta is seen, where the norm of what is not finite would be zero.
-    zero = 0.0 * eta_now
+    zero = jnp.where(jnp.isnan(eta_now), eta_now, 0.0)
     direction = jax.tree.map(
       lambda t, u, g: jnp.where(norm > 0, t * u, zero).astype(jnp.result_type(g)),
       T,
@@ -208,9 +210,15 @@ def diagonal_fisher(eta: float | jax.Array = 1.0) -> Metric:
   """
   check_number('eta', eta)
 
+  def of_leaf(eta, g):
+    eta, g = widen(eta, like=g), widen(g)
+    # The square does not go by way of √η, which has no derivative at 0.
+    root = jnp.sqrt(jax.lax.stop_gradient(eta))
+    return _inverse_hypot(root * g, eta * g * g)
+
   def scale(eta, grads, params):
     del params
-    return jax.tree.map(lambda g: _rsqrt_one_plus(widen(eta, like=g), widen(g)), grads)
+    return jax.tree.map(functools.partial(of_leaf, eta), grads)
 
   return _diagonal(scale, eta)
 
@@ -289,27 +297,24 @@ def check_metric(name: str, metric: Any) -> None:
     )
 
 
-def _rsqrt_one_plus(eta, g):
-  """``1/√(1 + ηg²)``, also where ``g²`` overflows, as float32 does near 2e19."""
-  square = eta * g * g
-  huge = jnp.isinf(square)
-  # Only there by way of √η, which has no derivative at 0.
-  root = jnp.sqrt(jnp.where(huge, eta, 1.0)) * jnp.where(huge, g, 0.0)
-  usual = 1.0 / jnp.sqrt(1.0 + jnp.where(huge, 0.0, square))
-  return jnp.where(huge, 1.0 / jnp.hypot(1.0, root), usual)
+def _inverse_hypot(x, square=None):
+  """``1/√(1 + x²)``, also where ``x²`` overflows; ``square`` may say what ``x²`` is."""
+  largest = 1.0 / jnp.finfo(x.dtype).eps
+  huge = jnp.abs(x) > largest
+  square = jnp.square(jnp.where(huge, 0.0, x)) if square is None else square
+  small = 1.0 / jnp.sqrt(1.0 + jnp.where(huge, 0.0, square))
+  return jnp.where(huge, 1.0 / jnp.where(huge, jnp.abs(x), 1.0), small)
 
 
 def _add_gradient_outer_product(ascent: Ascent, alpha: Any) -> Ascent:
   s = ascent.slope
   alpha = widen(alpha, like=s)
-  # Beyond the largest number the direction is 0 and the slope its limit, 1/α.
-  beyond = jnp.isinf(alpha * s)
-  factor = 1.0 / jnp.hypot(1.0, jnp.where(beyond, 0.0, alpha * s))
+  factor = _inverse_hypot(alpha * s)
   direction = jax.tree.map(
-    lambda d: jnp.where(beyond, 0.0, widen(d) * factor.astype(wide_dtype(d))).astype(
-      d.dtype
-    ),
+    lambda d: (widen(d) * factor.astype(wide_dtype(d))).astype(d.dtype),
     ascent.direction,
   )
+  # Where the product is too large for a number, the slope has its limit, 1/α.
+  beyond = is_infinite(alpha * s)
   limit = 1.0 / jnp.where(beyond, alpha, 1.0)
   return Ascent(direction, jnp.where(beyond, limit, s * factor))
