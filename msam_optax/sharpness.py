@@ -232,7 +232,7 @@ def hessian_eigenvalues(
   steps = max(KRYLOV_STEPS, 4 * k)
   if w.size > steps:
     return _krylov(hvp, w, k, steps, key, which, symmetric=True)
-  values = jnp.linalg.eigvalsh(_dense(hvp, w))
+  values = _dense_eigenvalues(hvp, w, symmetric=True)
   return values[:k] if which == 'smallest' else values[::-1][:k]
 
 
@@ -323,7 +323,7 @@ def stability(
     return jax.jvp(gradient, (probe,), (moved,))[1]
 
   if k is None:
-    return jnp.sort(jnp.real(jnp.linalg.eigvals(_dense(matvec, w))))
+    return _dense_eigenvalues(matvec, w, symmetric=False)
   _check_selection(k, which, w.size)
   if key is None:
     raise ValueError('`k` eigenvalues are found from a random start: give `key`.')
@@ -331,7 +331,7 @@ def stability(
   if w.size > steps:
     values = _krylov(matvec, w, k, steps, key, which, symmetric=False)
     return values if which == 'smallest' else values[::-1]
-  values = jnp.sort(jnp.real(jnp.linalg.eigvals(_dense(matvec, w))))
+  values = _dense_eigenvalues(matvec, w, symmetric=False)
   return values[:k] if which == 'smallest' else values[-k:]
 
 
@@ -379,8 +379,19 @@ def _hessian(loss, params):
   return w, lambda v: jax.jvp(gradient, (w,), (v,))[1]
 
 
-def _dense(matvec, w):
-  return jax.vmap(matvec, out_axes=1)(jnp.eye(w.size, dtype=w.dtype))
+def _dense_eigenvalues(matvec, w, *, symmetric):
+  """All eigenvalues, or their real parts, ascending."""
+  matrix = jax.vmap(matvec, out_axes=1)(jnp.eye(w.size, dtype=w.dtype))
+  scale = _scale(matrix)
+  if symmetric:
+    return scale * jnp.linalg.eigvalsh(matrix / scale)
+  return scale * jnp.sort(jnp.real(jnp.linalg.eigvals(matrix / scale)))
+
+
+def _scale(x):
+  """The largest magnitude, so that no square of a quotient over- or underflows."""
+  largest = jnp.max(jnp.abs(x), initial=0.0)
+  return jnp.where(largest > 0, largest, 1.0)
 
 
 def _check_selection(k, which, size):
@@ -465,9 +476,7 @@ def _krylov(matvec, w, k, steps, key, which, *, symmetric):
   """
   sign = 1 if which == 'smallest' else -1
   start = _random_unit(key, w, [])
-  # Products are scaled, so that no square over- or underflows.
-  scale = jnp.max(jnp.abs(matvec(start)))
-  scale = jnp.where(scale > 0, scale, 1.0)
+  scale = _scale(matvec(start))
   product = lambda v: sign * matvec(v) / scale
   slots = steps // 4 if symmetric else 0
   zeros = lambda *shape: jnp.zeros(shape, w.dtype)

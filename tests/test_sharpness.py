@@ -223,8 +223,8 @@ def test_eigenvalues_on_one_side_of_a_tiny_hessian(which):
 
 @pytest.mark.usefixtures('x64')
 def test_an_eigenvalue_is_right_or_nan():
-  """The smallest of a spectrum are 1e-9 of it apart: Krylov spaces cannot tell them."""
-  spectrum = np.geomspace(1e-3, 1e3, SIZE)
+  """The smallest of a spectrum are 1e-12 of it apart: Krylov spaces fail on them."""
+  spectrum = np.geomspace(1e-4, 1e6, SIZE)
   got = extreme(jnp.asarray(spectrum), 'smallest')
   assert np.isnan(got).any()
   np.testing.assert_allclose(
@@ -360,8 +360,8 @@ def test_coordinates_are_as_long_as_the_metric_says():
 
 def test_a_direction_that_underflows_has_its_part_in_the_stability_matrix():
   """The second coordinate of the direction, 1e-40, is no normal float32."""
-  loss_fn = lambda w: 1e20 * w[0] + 1e20 * w[1] ** 2 / 2
-  got = sharpness.stability(loss_fn, jnp.array([0.0, 1e-30]), euclidean(), 1.0)
+  loss_fn = lambda w: 1e25 * w[0] + 1e20 * w[1] ** 2 / 2
+  got = sharpness.stability(loss_fn, jnp.array([0.0, 1e-35]), euclidean(), 1e5)
   np.testing.assert_allclose(got, [0.0, 1e20 * (1 + 1)], rtol=1e-5)
 
 
@@ -471,7 +471,7 @@ CALLS = {
 @pytest.mark.parametrize(
   ('leaf', 'found'),
   [
-    (jax.nn.relu, 'is no array but .*relu'),
+    (jax.nn.relu, 'is no array but <'),
     ('relu', "is no array but 'relu'"),
     (jnp.float32, 'is no array but'),
     (jnp.arange(3), 'has dtype int32'),
@@ -480,7 +480,7 @@ CALLS = {
     (jnp.array(1j), 'has dtype complex64'),
     (KEY, r'has dtype key<fry>'),
   ],
-  ids=str,
+  ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_a_leaf_that_is_no_real_array(name, leaf, found):
   message = rf"leaf at \['b'\] {found}.*eqx.partition\(model, eqx.is_inexact_array\)"
