@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax.compat import how_to_vary
+from msam_optax.compat import varying_axes
 from msam_optax.masks import at_path
 from msam_optax.masks import OVERWRITTEN
 from msam_optax.masks import path_names
@@ -208,8 +210,7 @@ def check_varying(grads: Any, axis_name: Any) -> None:
       raise ValueError(
         f'These gradients are summed over {axis!r} already, as shard_map does with'
         ' those of replicated parameters. Cast the parameters before the gradient is'
-        f' taken, `params = jax.lax.pcast(params, {axis!r}, to="varying")`, or use'
-        ' shard_map(..., check_vma=False).'
+        f' taken, {how_to_vary(axis)}, or use shard_map(..., check_vma=False).'
       )
 
 
@@ -303,8 +304,8 @@ def check_probe(probe: Any, params: Any, grads: Any) -> None:
         ' are sharded over the axis, say so with `param_specs`, so that their norm is'
         ' summed over it. If gradients or a hyperparameter (`rho`, `alpha`) differ'
         ' along it, cast the parameters that you give,'
-        f' `jax.lax.pcast(params, {axis!r}, to="varying")`, and name the axis in'
-        ' `axis_name`. If the leaf is not to be moved, leave it out with `mask`.'
+        f' {how_to_vary(axis)}, and name the axis in `axis_name`. If the leaf is not to'
+        ' be moved, leave it out with `mask`.'
       )
 
 
@@ -333,10 +334,3 @@ def axis_index(axis: Any, argument: str) -> jax.Array:
       ' this name here: it is for the inside of pmap, vmap and shard_map. Under jit'
       ' with sharded arrays leave it out.'
     ) from error
-
-
-def varying_axes(x: Any) -> frozenset[str]:
-  """The manual axes along which an array varies, where JAX tracks them."""
-  kind = jax.typeof(x)
-  kind = getattr(kind, 'manual_axis_type', kind)
-  return getattr(kind, 'varying', None) or getattr(kind, 'vma', frozenset())

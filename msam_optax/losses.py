@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from msam_optax.checks import varying_axes
+from msam_optax.compat import how_to_vary
+from msam_optax.compat import varying_axes
 from msam_optax.masks import at_path
 from msam_optax.masks import overwritten
 from msam_optax.numerics import widen
@@ -145,9 +146,8 @@ def check_weight_is_summed(weight: Any, grads: Any) -> None:
         f'The weight may differ along the axis {axis!r}, but the gradient'
         f' {at_path(path)} is summed over it already, as shard_map does with those of'
         ' replicated parameters. Cast the parameters,'
-        f' `jax.lax.pcast(params, {axis!r}, to="varying")`, and name the axis in'
-        f' `axis_name`; or let `loss_fn` sum both, `jax.lax.psum((total, weight),'
-        f' {axis!r})`.'
+        f' {how_to_vary(axis)}, and name the axis in `axis_name`; or let `loss_fn` sum'
+        f' both, `jax.lax.psum((total, weight), {axis!r})`.'
       )
 
 

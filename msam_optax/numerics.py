@@ -76,15 +76,23 @@ def _scaled_norm(tree, param_specs):
 
 
 def largest_magnitude(x: jax.Array) -> jax.Array:
-  """``max|x|``, infinite if any entry is not finite; 0 for an empty array."""
-  largest = jnp.max(jnp.abs(widen(x)), initial=0.0)
-  # Infinite and not NaN, since across devices a maximum may lose a NaN.
+  """``max|x|``, infinite if any entry is not finite; 0 for an empty array.
+
+  Its derivative is not that of a maximum, but zero.
+  """
+  x = jax.lax.stop_gradient(widen(x))
+  # As whole numbers, without the bit of the sign, in the order of the magnitudes and
+  # NaN above all: a maximum of floating-point numbers over devices may lose a NaN.
+  kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+  magnitudes = jax.lax.bitcast_convert_type(x, kind) & jnp.iinfo(kind).max
+  largest = jnp.max(magnitudes, initial=0)
+  largest = jax.lax.bitcast_convert_type(largest, x.dtype)
   finite = jnp.isfinite(largest)
-  return jnp.where(finite, largest, zero_if(finite, largest.dtype, otherwise=INFINITY))
+  return jnp.where(finite, largest, zero_if(finite, x.dtype, otherwise=INFINITY))
 
 
 def is_infinite(x: jax.Array) -> jax.Array:
-  """``jnp.isinf`` without the infinity that it compares with, for ``jax_debug_infs``."""
+  """``jnp.isinf`` without the infinity that it compares with, see :func:`zero_if`."""
   return ~jnp.isfinite(x) & (x == x)
 
 

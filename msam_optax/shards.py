@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from msam_optax.checks import check_varying
-from msam_optax.checks import varying_axes
+from msam_optax.compat import vary
+from msam_optax.compat import varying_axes
 from msam_optax.losses import divisor
 from msam_optax.losses import Output
 from msam_optax.losses import Pass
@@ -207,16 +208,6 @@ def zeros_like(params: Any, summed_over: Any = ()) -> Any:
     return vary(zero, varying - set(names)) if summed else zero
 
   return jax.tree.map(zeros, params)
-
-
-def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-  """``x`` as an array that varies along manual axes."""
-  if not axes:
-    return x
-  if hasattr(jax.lax, 'pcast'):
-    return jax.lax.pcast(x, tuple(sorted(axes)), to='varying')
-  # The name that it has in older versions of JAX.
-  return jax.lax.pvary(x, tuple(sorted(axes)))  # pyright: ignore
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:

@@ -8,6 +8,15 @@ import jax
 import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
+# A GPU would multiply with 10 bits, a TPU with 8, and the tests compare 20.
+jax.config.update('jax_default_matmul_precision', 'highest')
+
+
+@pytest.fixture(autouse=True)
+def default_device(request):
+  """What carries the mark ``cpu`` needs the CPU: its eight devices, or its compiler."""
+  if request.node.get_closest_marker('cpu') and jax.default_backend() != 'cpu':
+    pytest.skip('for the CPU: set JAX_PLATFORMS=cpu to run it')
 
 
 @pytest.fixture(autouse=True)

@@ -245,6 +245,7 @@ def test_a_loop_carries_no_copy_of_what_it_does_not_change(wrap):
   assert shapes == [(2,), (3, 5), (5, 2)]  # Values of both passes, and gradients.
 
 
+@pytest.mark.cpu
 @passes
 @pytest.mark.parametrize('sharded', [False, True], ids=['replicated', 'sharded'])
 def test_shard_map(sharded, once):

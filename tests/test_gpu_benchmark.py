@@ -83,6 +83,7 @@ def test_smoke_run_writes_all_parts(tmp_path, capsys):
   assert table in capsys.readouterr().out
 
 
+@pytest.mark.cpu
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
   assert gpu.main(['--out', str(tmp_path)]) == 2
   assert 'There is no GPU here' in capsys.readouterr().out

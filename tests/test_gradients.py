@@ -109,6 +109,7 @@ def test_traced_radius_and_keyword_arguments_under_jit():
     )
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
 def test_pmap_averages_the_gradient_at_the_probe(sync_ascent):
   shards, params = 4, mlp_params()

@@ -124,6 +124,7 @@ def test_devices_count_by_their_weights(once, sync, kind, shards):
   assert_close(got, by_hand(4 * (shards or 1), sync))
 
 
+@pytest.mark.cpu
 @both_syncs
 @pytest.mark.filterwarnings('ignore:.*pmap.*')
 def test_pmap_counts_by_weights(sync):

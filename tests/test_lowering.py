@@ -129,7 +129,7 @@ def test_lowers_for(platform, method, door, dtype):
 )
 def test_exported_step_equals_eager_one(method, door, dtype):
   step, *arguments = flat_problem(method, door, dtype)
-  exported = export.export(jax.jit(step), platforms=['cpu'])(*arguments)
+  exported = export.export(jax.jit(step))(*arguments)
   tolerance = {'float32': 1e-5, 'bfloat16': 2e-2}[dtype]
   chex.assert_trees_all_close(
     through_bytes(exported).call(*arguments),
@@ -158,6 +158,7 @@ every_door = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.cpu
 @every_door
 @pytest.mark.parametrize('platform', ACCELERATORS)
 def test_sharded_step_lowers_for(platform, method, door):
@@ -166,6 +167,7 @@ def test_sharded_step_lowers_for(platform, method, door):
   assert_exported(through_bytes(exported), platform, arguments, DEVICES)
 
 
+@pytest.mark.cpu
 @every_door
 def test_sharded_exported_step_equals_eager_one_on_one_device(method, door):
   step, *arguments = sharded_problem(method, door)
@@ -178,6 +180,7 @@ def test_sharded_exported_step_equals_eager_one_on_one_device(method, door):
   )
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('platform', ACCELERATORS)
 def test_mapped_step_lowers_for(platform):
   """With ``axis_name`` the devices' gradients are summed, in the module itself."""

@@ -17,7 +17,11 @@ from msam_optax import adaptive
 from msam_optax import asam
 from msam_optax import diagonal_fisher
 from msam_optax import euclidean
+from msam_optax import fisher_sam
 from msam_optax import monge
+from msam_optax import msam
+from msam_optax import numerics
+from msam_optax import sam
 
 
 def everything(params):
@@ -463,3 +467,121 @@ def test_key_leaf_of_two_dimensions_passes_where_masked_out():
   tx = asam(mask={'w': True, 'keys': False})
   _, state = tx.update(grads, tx.init(params), params, grad_fn=lambda p: grads)
   assert state.radius > 0
+
+
+# The edges of float32 and float64, and what is known only when a program runs.
+
+
+@pytest.mark.parametrize('wide', [False, True], ids=['float32', 'float64'])
+@pytest.mark.parametrize('jitted', [False, True], ids=['eager', 'jit'])
+def test_gradients_next_to_the_largest_number_keep_their_direction(wide, jitted, x64):
+  """Where the reciprocal of the norm is no normal number."""
+  del x64
+  dtype, exponent = (jnp.float64, 1023) if wide else (jnp.float32, 127)
+  finfo = jnp.finfo(dtype)
+  call = jax.jit(numerics.normalize) if jitted else numerics.normalize
+  sizes = [2.0**exponent, 2.0 ** (exponent - 1), 1.1 * 2.0 ** (exponent - 1)]
+  for size in [*sizes, 4 * float(finfo.tiny)]:
+    unit, norm = call(jnp.asarray([0.75 * size, -size], dtype))
+    np.testing.assert_allclose(unit, [0.6, -0.8], rtol=4 * finfo.eps)
+    np.testing.assert_allclose(norm, 1.25 * size, rtol=4 * finfo.eps)
+
+
+@pytest.mark.parametrize('jitted', [False, True], ids=['eager', 'jit'])
+def test_a_norm_that_is_no_number_any_more_gives_no_direction(jitted):
+  """Four entries of 3e38 have the norm 6e38, beyond float32."""
+  ascend_at = jax.jit(lambda g: ascend(euclidean(), g))
+  ascent = (ascend_at if jitted else ascend_at.__wrapped__)(jnp.full(4, 3e38))
+  np.testing.assert_array_equal(ascent.direction, np.zeros(4))
+  assert ascent.slope == 0
+
+
+@pytest.mark.parametrize('rho', [1e-25, 1e-30, 1e25, 1e30])
+def test_the_radius_is_that_of_the_probe_at_any_size(rho):
+  g, w = jnp.array([3.0, -4.0]), jnp.zeros(2)
+  tx = sam(rho)
+  _, state = jax.jit(lambda s: tx.update(g, s, w, grad_fn=lambda w: g))(tx.init(w))
+  np.testing.assert_allclose(state.radius, rho, rtol=1e-6)
+
+
+def test_the_radius_of_a_direction_that_is_tiny():
+  """Monge's is as small as the gradient is large."""
+  g, w = jnp.array([3e30, -4e30]), jnp.zeros(2)
+  tx = msam(0.1)
+  _, state = tx.update(g, tx.init(w), w, grad_fn=lambda w: g)
+  np.testing.assert_allclose(state.radius, 0.1 / 5e30, rtol=1e-6)
+
+
+@pytest.mark.parametrize('make', [sam, msam, asam], ids=['sam', 'msam', 'asam'])
+def test_the_derivative_of_a_radius_of_zero_is_zero(make):
+  """Where nothing moves: no gradient, or no perturbation."""
+  tx, w = make(), jnp.ones((2, 2))
+
+  def radius(g):
+    return tx.update(g, tx.init(w), w, grad_fn=lambda w: w)[1].radius
+
+  np.testing.assert_array_equal(jax.grad(radius)(jnp.zeros((2, 2))), np.zeros((2, 2)))
+
+
+HYPERPARAMETERS = {
+  'rho': lambda x: msam(rho=x),
+  'rho, a schedule': lambda x: msam(rho=lambda count: x),
+  'alpha': lambda x: msam(alpha=x),
+  'alpha, a schedule': lambda x: msam(alpha=lambda count: x),
+  'alpha over another base': lambda x: msam(alpha=x, base=adaptive()),
+  'eta of asam': lambda x: asam(eta=x),
+  'eta of fisher_sam': lambda x: fisher_sam(eta=x),
+  'eta of a base': lambda x: msam(base=diagonal_fisher(eta=x)),
+}
+
+
+@pytest.mark.parametrize('bad', [np.nan, -0.1, np.inf])
+@pytest.mark.parametrize('name', HYPERPARAMETERS)
+def test_a_hyperparameter_that_goes_wrong_at_run_time_is_seen(name, bad):
+  """As a schedule that leaves its range does: the update is NaN, and says so."""
+
+  @jax.jit
+  def step(x):
+    tx, w = HYPERPARAMETERS[name](x), jnp.ones((2, 2))
+    updates, state = tx.update(w, tx.init(w), w, grad_fn=lambda w: w)
+    return updates, state.finite
+
+  updates, finite = step(jnp.float32(bad))
+  assert np.isnan(updates).all()
+  assert not finite
+  updates, finite = step(jnp.float32(0.1))
+  assert np.isfinite(updates).all()
+  assert finite
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.3])
+def test_the_derivative_with_respect_to_eta(eta, x64):
+  """Of the slope √Σ g²/(1+ηg²), also at 0: −½ Σ g⁴/(1+ηg²)² / slope."""
+  del x64
+  g = np.array([1.0, -2.0, 0.0])
+  slope = lambda eta: ascend(diagonal_fisher(eta), jnp.asarray(g)).slope
+  want = -0.5 * np.sum(g**4 / (1 + eta * g**2) ** 2)
+  want /= np.sqrt(np.sum(g**2 / (1 + eta * g**2)))
+  np.testing.assert_allclose(jax.grad(slope)(eta), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize('eta', [1e-30, 1.0, 1e10])
+def test_fisher_of_huge_gradients_and_any_eta(eta):
+  g = jnp.array([1e25, 1e-3, -1e15])
+  ascent = jax.jit(lambda eta: ascend(diagonal_fisher(eta), g))(jnp.float32(eta))
+  g = np.asarray(g, np.float64)
+  u = g / (1 + np.float64(np.float32(eta)) * g**2)
+  np.testing.assert_allclose(ascent.slope, np.sqrt(g @ u), rtol=1e-5)
+  np.testing.assert_allclose(ascent.direction, u / np.sqrt(g @ u), rtol=1e-5)
+
+
+def test_what_is_zero_where_all_is_well_is_nan_where_not():
+  """Multiplied, added, or divided: some compilers lost 0/0 on the way."""
+  for act in (
+    lambda x, zero: x * zero,
+    lambda x, zero: (x + x * zero) / x,
+    lambda x, zero: jnp.where(zero == 0, x, zero),
+  ):
+    run = jax.jit(lambda x, good, act=act: act(x, numerics.zero_if(good, jnp.float32)))
+    assert np.isnan(run(jnp.float32(65536.0), jnp.array(False)))
+    assert np.isfinite(run(jnp.float32(65536.0), jnp.array(True)))

@@ -50,6 +50,7 @@ def test_one_shared_probe_equals_the_whole_batch(method, vectorize):
   assert_close(take(make_params(), make_data()), expected(method))
 
 
+@pytest.mark.cpu
 @both_syncs
 @passes
 @pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
@@ -60,6 +61,7 @@ def test_micro_batches_on_each_of_several_devices(check_vma, once, sync):
   assert_close(got, expected('msam', parts=8, synced=sync)[1])
 
 
+@pytest.mark.cpu
 @has_explicit_sharding
 @both_syncs
 @both_ways
@@ -90,6 +92,7 @@ def test_micro_batches_where_shardings_are_types(layout, shards, once, vectorize
     assert g.sharding.is_equivalent_to(w.sharding, w.ndim)
 
 
+@pytest.mark.cpu
 @has_explicit_sharding
 @pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
 def test_micro_batches_where_shardings_are_types_without_jit(once):
@@ -99,6 +102,7 @@ def test_micro_batches_where_shardings_are_types_without_jit(once):
   assert_close(grads, expected('msam', parts=2)[1])
 
 
+@pytest.mark.cpu
 @has_explicit_sharding
 def test_micro_batches_that_cannot_lie_as_the_batch_does_are_refused():
   params, data, gathered, on = place_explicitly('fully-sharded')
@@ -109,6 +113,7 @@ def test_micro_batches_that_cannot_lie_as_the_batch_does_are_refused():
     drop_in('msam', gathered, shards=16)(params, data)
 
 
+@pytest.mark.cpu
 @both_syncs
 @both_ways
 def test_a_batch_that_the_loss_lays_over_devices_is_worked_on_once(vectorize, sync):

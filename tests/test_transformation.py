@@ -424,7 +424,9 @@ def test_foreign_extra_arguments_reach_others():
     for name in METHODS
   ],
 )
-@pytest.mark.parametrize('mapped', ['pmap', 'vmap'])
+@pytest.mark.parametrize(
+  'mapped', [pytest.param('pmap', marks=pytest.mark.cpu), 'vmap']
+)
 def test_mapped_axis_equals_loop_over_shards(mapped, name, sync_ascent):
   shards, tx = 4, METHODS[name](rho=0.3, axis_name='i', sync_ascent=sync_ascent)
   params = mlp_params()
