@@ -84,7 +84,7 @@ def train(params, minibatches, create, take_step):
   return state.params, losses
 
 
-def after_msam(method):
+def linen_state(method):
   tx = optax.chain(
     hand.transformation(method),
     optax.clip_by_global_norm(MAX_GRAD_NORM),
@@ -197,7 +197,7 @@ def by_hand(method, seed):
   return params
 
 
-@pytest.mark.parametrize('door', [after_msam, plain_optax, drop_in])
+@pytest.mark.parametrize('door', [linen_state, plain_optax, drop_in])
 @METHODS
 def test_is_training_by_hand_of_each_seed(method, door):
   create, take_step = door(method)
