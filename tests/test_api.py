@@ -24,7 +24,7 @@ FUNCTIONS = {
 } | {
   f'flax_nnx.{name}': getattr(flax_nnx, name)
   for name in ('value_and_grad', 'grad_fn', 'value_and_grad_fn')
-}
+} | {'flax_linen.scale_by_both_passes': flax_linen.scale_by_both_passes}
 FUNCTIONS |= {
   f'{module.__name__}.{name}': function
   for module in (sharpness, landscape)
@@ -101,9 +101,10 @@ def test_readme_code_runs_as_pasted(capsys):
   data, start = [batch()] * 100, mlp_params()
   namespace = {'loss_fn': loss, 'params': start, 'batches': data}
   blocks = code_blocks()
-  assert len(blocks) == 5
+  assert len(blocks) == 6
   for block in blocks:
     exec(compile(block, 'README.md', 'exec'), namespace)
   assert namespace['loss'] < 0.5 * loss(start, data[0])
   assert namespace['nnx_loss'] < 0.8
+  assert namespace['state'].step == 1
   assert 'rise' in capsys.readouterr().out
