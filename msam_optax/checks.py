@@ -18,13 +18,51 @@ from msam_optax.reductions import leaf_axes
 def check_arrays(params: Any) -> None:
   """Raises if a leaf is no array and no number, as a function in a model is none."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    array = hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
-    if not array and not isinstance(leaf, (bool, int, float, complex)):
+    if dtype_of(leaf) is None:
       raise TypeError(
         f'The parameters must be arrays, but the leaf {at_path(path)} is {leaf!r}. In'
         ' an Equinox model the arrays alone are parameters: `tx.init(eqx.filter(model,'
-        ' eqx.is_inexact_array))`, and the same for the params given to `update`.'
+        ' eqx.is_inexact_array))`, and the same for the params given to `update`. Of'
+        ' variables that hold arrays, as those of Keras, give the arrays: `[v.value for'
+        ' v in model.trainable_variables]`.'
       )
+
+
+def check_differentiable(params: Any) -> None:
+  """Raises unless gradients can be taken of all parameters.
+
+  Args:
+    params: what a loss is differentiated with respect to.
+
+  Raises:
+    TypeError: if a leaf is no array, or not floating point; names its path.
+  """
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    dtype = dtype_of(leaf)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+      kind = f'is {leaf!r}' if dtype is None else f'has dtype {dtype}'
+      raise TypeError(
+        f'The leaf {at_path(path)} of the parameters {kind}, and gradients are taken of'
+        ' floating-point arrays only. Give what is not trained in another argument, or'
+        ' in a closure. In Equinox: `params, static = eqx.partition(model,'
+        ' eqx.is_inexact_array)`, and `eqx.combine(params, static)` inside the loss. Of'
+        ' variables that hold arrays, as those of Keras, give the arrays: `[v.value for'
+        ' v in model.trainable_variables]`.'
+      )
+
+
+def check_real(params: Any) -> None:
+  """Raises a TypeError unless all leaves are real floating-point arrays."""
+  check_differentiable(params)
+  check_params(params, jax.tree.map(lambda _: True, params))
+
+
+def dtype_of(leaf: Any) -> Any:
+  """The dtype of an array or a number; None for what is neither."""
+  try:
+    return jax.typeof(leaf).dtype
+  except (TypeError, ValueError):  # The latter for what only stands for an array.
+    return None
 
 
 def check_params(params: Any, mask: Any) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 
 from msam_optax.checks import check_axes
 from msam_optax.checks import check_axis_name
+from msam_optax.checks import check_differentiable
 from msam_optax.hyperparameters import check_number
 from msam_optax.hyperparameters import is_schedule
-from msam_optax.losses import check_trained
 from msam_optax.losses import differentiated
 from msam_optax.losses import divisor
 from msam_optax.losses import map_gradients
@@ -220,7 +220,7 @@ def value_and_grad(
   def value_and_grad_fn(*args, **kwargs):
     positions('argnums', argnums, args, kwargs)
     params = _select(args, argnums)
-    check_trained(params)
+    check_differentiable(params)
     check_axes(params, param_specs, axis_name)
     _check_overwritten(params, shards, axis_name)
     output, grads = take(*args, **kwargs)

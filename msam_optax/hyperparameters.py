@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from typing import TypeGuard
 
 import jax
 import jax.core
@@ -52,7 +53,7 @@ def check_scalar(name: str, value: Any) -> None:
     raise ValueError(f'`{name}` must be a scalar, got shape {np.shape(value)}.')
 
 
-def is_schedule(value: Any) -> bool:
+def is_schedule(value: Any) -> TypeGuard[Callable[[Any], Any]]:
   """Whether a hyperparameter is a function of the step, and no number.
 
   An array may be callable, as an NNX variable is: it has a dtype.

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msam_optax.checks import check_like
+from msam_optax.checks import check_real
 from msam_optax.masks import at_path
 from msam_optax.masks import resolve_mask
 from msam_optax.masks import weights_by_default
@@ -29,7 +30,6 @@ from msam_optax.metrics import euclidean
 from msam_optax.metrics import Metric
 from msam_optax.metrics import monge
 from msam_optax.numerics import widen
-from msam_optax.sharpness import check_real
 
 COLOURS = {'SAM': '#d95f02', 'Monge SAM': '#1b6ca8'}
 

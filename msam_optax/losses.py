@@ -103,31 +103,6 @@ def new_values(grads: Any) -> Any:
   )
 
 
-def check_trained(params: Any) -> None:
-  """Raises unless gradients can be taken of all parameters.
-
-  Args:
-    params: the arguments that the user says are parameters.
-
-  Raises:
-    TypeError: if a leaf is no array, or not floating point; names its path.
-  """
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    try:
-      dtype = jnp.dtype(jax.typeof(leaf).dtype)
-      what = f'has dtype {dtype}'
-    except TypeError:
-      dtype = None
-      what = f'is no array of numbers but a {type(leaf).__name__}'
-    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-      raise TypeError(
-        f'The leaf {at_path(path)} of the parameters {what}, and gradients are taken of'
-        ' floating-point arrays only. Give what is not trained in another argument:'
-        ' `params, static = eqx.partition(model, eqx.is_inexact_array)` in Equinox,'
-        ' with `eqx.combine(params, static)` inside `loss_fn`.'
-      )
-
-
 def check_weight_is_summed(weight: Any, grads: Any) -> None:
   """Raises if gradients in ``shard_map`` are sums over an axis, and weights are not.
 

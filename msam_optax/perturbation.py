@@ -168,5 +168,5 @@ def settle(
 
 
 def _magnitude(g, like):
-  real = largest_magnitude(jnp.abs(g) if is_inexact(g) else 0)
+  real = largest_magnitude(jnp.abs(g) if is_inexact(g) else jnp.zeros([]))
   return widen(real, like=like)

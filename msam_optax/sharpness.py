@@ -18,23 +18,17 @@ from typing import NamedTuple
 import jax
 from jax import flatten_util
 import jax.numpy as jnp
-import numpy as np
 
-from msam_optax.masks import at_path
+from msam_optax import krylov
+from msam_optax.checks import check_real
 from msam_optax.masks import resolve_mask
 from msam_optax.metrics import Metric
 from msam_optax.numerics import wide_dtype
 from msam_optax.numerics import widen
-from msam_optax.numerics import zero_if
 from msam_optax.perturbation import ascend
 from msam_optax.perturbation import perturb
 
 Which = Literal['largest', 'smallest']
-
-# The dimensions of a Krylov space, and how often it is restarted at most; a problem
-# that has no more dimensions is solved densely.
-KRYLOV_STEPS = 64
-KRYLOV_RESTARTS = 100
 
 
 class Rise(NamedTuple):
@@ -229,10 +223,10 @@ def hessian_eigenvalues(
   """
   w, hvp = _hessian(loss, params)
   _check_selection(k, which, w.size)
-  steps = max(KRYLOV_STEPS, 4 * k)
+  steps = max(krylov.STEPS, 4 * k)
   if w.size > steps:
-    return _krylov(hvp, w, k, steps, key, which, symmetric=True)
-  values = _dense_eigenvalues(hvp, w, symmetric=True)
+    return krylov.outermost_eigenvalues(hvp, w, k, steps, key, which, symmetric=True)
+  values = krylov.dense_eigenvalues(hvp, w, symmetric=True)
   return values[:k] if which == 'smallest' else values[::-1][:k]
 
 
@@ -323,35 +317,18 @@ def stability(
     return jax.jvp(gradient, (probe,), (moved,))[1]
 
   if k is None:
-    return _dense_eigenvalues(matvec, w, symmetric=False)
+    return krylov.dense_eigenvalues(matvec, w, symmetric=False)
   _check_selection(k, which, w.size)
   if key is None:
     raise ValueError('`k` eigenvalues are found from a random start: give `key`.')
-  steps = max(KRYLOV_STEPS, 4 * k)
+  steps = max(krylov.STEPS, 4 * k)
   if w.size > steps:
-    values = _krylov(matvec, w, k, steps, key, which, symmetric=False)
-    return values if which == 'smallest' else values[::-1]
-  values = _dense_eigenvalues(matvec, w, symmetric=False)
-  return values[:k] if which == 'smallest' else values[-k:]
-
-
-def check_real(params: Any) -> None:
-  """Raises a TypeError unless all leaves are real floating-point arrays."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
-      found = f'is no array but {leaf!r}'
-    elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-      found = f'has dtype {jnp.result_type(leaf)}'
-    else:
-      continue
-    raise TypeError(
-      'The loss is differentiated with respect to every leaf of `params`, so all must'
-      f' be real floating-point arrays, but the leaf {at_path(path)} {found}. Give the'
-      ' others to the loss by a closure. Of an Equinox module: `params, static ='
-      ' eqx.partition(model, eqx.is_inexact_array)` and `lambda params:'
-      ' loss(eqx.combine(params, static))`. A complex leaf: its real and imaginary'
-      ' part as two leaves.'
+    values = krylov.outermost_eigenvalues(
+      matvec, w, k, steps, key, which, symmetric=False
     )
+    return values if which == 'smallest' else values[::-1]
+  values = krylov.dense_eigenvalues(matvec, w, symmetric=False)
+  return values[:k] if which == 'smallest' else values[-k:]
 
 
 def _ascent(metric, grads, params, mask):
@@ -379,21 +356,6 @@ def _hessian(loss, params):
   return w, lambda v: jax.jvp(gradient, (w,), (v,))[1]
 
 
-def _dense_eigenvalues(matvec, w, *, symmetric):
-  """All eigenvalues, or their real parts, ascending."""
-  matrix = jax.vmap(matvec, out_axes=1)(jnp.eye(w.size, dtype=w.dtype))
-  scale = _scale(matrix)
-  if symmetric:
-    return scale * jnp.linalg.eigvalsh(matrix / scale)
-  return scale * jnp.sort(jnp.real(jnp.linalg.eigvals(matrix / scale)))
-
-
-def _scale(x):
-  """The largest magnitude, so that no square of a quotient over- or underflows."""
-  largest = jnp.max(jnp.abs(x), initial=0.0)
-  return jnp.where(largest > 0, largest, 1.0)
-
-
 def _check_selection(k, which, size):
   if not 1 <= k <= size:
     raise ValueError(
@@ -414,245 +376,3 @@ def _coordinate_scale(direction, g):
   _, limit = jax.jvp(direction, (g,), (unseen.astype(g.dtype),))
   scale = jnp.where(unseen, limit, d / jnp.where(unseen, 1.0, g))
   return jnp.where(jnp.all(unseen), 0.0, scale)
-
-
-class _Space(NamedTuple):
-  """A Krylov space between restarts: ``A basisᵀ = basisᵀ small`` on what is kept.
-
-  Attributes:
-    basis: ``[m+1, n]``, orthonormal rows, zero from ``kept + 1`` on.
-    small: ``[m+1, m]``, the matrix in this basis, column by column.
-    kept: how many columns of ``small`` are known.
-    locked: ``[slots, n]``, eigenvectors that the space is orthogonal to, or zeros.
-    locked_values: ``[slots]``, their eigenvalues.
-    locked_count: how many there are.
-    found: ``[k]``, the smallest values so far.
-    good: ``[k]``, which of them have converged.
-    converged: whether all have, so that the space goes on from a random vector.
-    done: whether they are still the smallest after that.
-    residual: the largest residual among them, the least of all cycles.
-    stalled: for how many cycles it has been small and not become less.
-    cycle: how many times the space has been filled.
-  """
-
-  basis: jax.Array
-  small: jax.Array
-  kept: jax.Array
-  locked: jax.Array
-  locked_values: jax.Array
-  locked_count: jax.Array
-  found: jax.Array
-  good: jax.Array
-  converged: jax.Array
-  done: jax.Array
-  residual: jax.Array
-  stalled: jax.Array
-  cycle: jax.Array
-
-
-class _Ritz(NamedTuple):
-  """The eigenvalues of the matrix in a Krylov space, by their real parts, ascending.
-
-  Attributes:
-    values: ``[m]``, the real parts.
-    sizes: ``[m]``, the magnitudes.
-    residuals: ``[m]``, ``‖Av − λv‖``.
-    vectors: ``[m, m]``, orthonormal columns; the first ones span the eigenvectors of
-      the first values, unless they cut a conjugate pair in two.
-    second: ``[m]``, whether a value is the second of a conjugate pair.
-  """
-
-  values: jax.Array
-  sizes: jax.Array
-  residuals: jax.Array
-  vectors: jax.Array
-  second: jax.Array
-
-
-def _krylov(matvec, w, k, steps, key, which, *, symmetric):
-  """The ``k`` outermost eigenvalues, real parts, by a thick-restarted Krylov space.
-
-  NaN for those that have not converged.
-  """
-  sign = 1 if which == 'smallest' else -1
-  start = _random_unit(key, w, [])
-  scale = _scale(matvec(start))
-  product = lambda v: sign * matvec(v) / scale
-  slots = steps // 4 if symmetric else 0
-  zeros = lambda *shape: jnp.zeros(shape, w.dtype)
-  space = _Space(
-    basis=zeros(steps + 1, w.size).at[0].set(start),
-    small=zeros(steps + 1, steps),
-    kept=jnp.zeros([], int),
-    locked=zeros(slots, w.size),
-    locked_values=zeros(slots),
-    locked_count=jnp.zeros([], int),
-    found=zeros(k),
-    good=jnp.zeros(k, bool),
-    converged=jnp.array(False),
-    done=jnp.array(False),
-    residual=jnp.asarray(jnp.finfo(w.dtype).max),
-    stalled=jnp.zeros([], int),
-    cycle=jnp.zeros([], int),
-  )
-
-  def unfinished(space):
-    finite = jnp.isfinite(space.residual)
-    return ~space.done & finite & (space.cycle <= KRYLOV_RESTARTS)
-
-  def cycle(space):
-    keys = jax.random.split(jax.random.fold_in(key, space.cycle))
-    space = _fill(product, space, keys[0])
-    return _restart(space, keys[1], symmetric)
-
-  space = jax.lax.while_loop(unfinished, cycle, space)
-  return sign * scale * (space.found + zero_if(space.good, w.dtype))
-
-
-def _fill(product, space, key):
-  """Arnoldi's method, up to the last dimension."""
-  eps = jnp.finfo(space.basis.dtype).eps
-
-  def step(j, carry):
-    basis, small = carry
-    image = product(basis[j])
-    v, first = _orthogonalise(image, space.locked, basis)
-    v, second = _orthogonalise(v, space.locked, basis)
-    length = jnp.linalg.norm(v)
-    # What is left of an exhausted space is rounding: any direction may follow it.
-    going = length > 10 * eps * jnp.linalg.norm(image)
-    length = jnp.where(going, length, 0.0)
-    v = jax.lax.cond(
-      going,
-      lambda: v / jnp.where(going, length, 1.0),
-      lambda: _random_unit(jax.random.fold_in(key, j), v, [space.locked, basis]),
-    )
-    column = (first + second).at[j + 1].set(length)
-    return basis.at[j + 1].set(v), small.at[:, j].set(column)
-
-  steps = space.small.shape[1]
-  basis, small = jax.lax.fori_loop(space.kept, steps, step, (space.basis, space.small))
-  return space._replace(basis=basis, small=small)
-
-
-def _restart(space, key, symmetric):
-  """What has converged, and a smaller space to go on with."""
-  k, slots = space.found.size, space.locked_values.size
-  steps, dtype = space.small.shape[1], space.small.dtype
-  eps, most = jnp.finfo(dtype).eps, jnp.finfo(dtype).max
-  square, last, rows = space.small[:-1], space.small[-1], space.basis[:-1]
-  if symmetric:
-    # The columns are complete, while rows of what was kept may have been dropped.
-    square = jnp.triu(square) + jnp.triu(square, 1).T
-  ritz = _ritz(square, last, symmetric)
-
-  # The smallest of all, the locked ones included, whose residuals are rounding errors.
-  unused = jnp.arange(slots) >= space.locked_count
-  locked_values = jnp.where(unused, most, space.locked_values)
-  negated, smallest = jax.lax.top_k(-jnp.concatenate([locked_values, ritz.values]), k)
-  found = -negated
-  padded = lambda x: jnp.concatenate([jnp.zeros(slots, dtype), x])[smallest]
-  residuals, sizes = padded(ritz.residuals), padded(ritz.sizes)
-
-  # Small residuals that no longer become less are rounding errors of the products.
-  locked_sizes = jnp.abs(space.locked_values)
-  largest = jnp.maximum(jnp.max(ritz.sizes), jnp.max(locked_sizes, initial=0.0))
-  rounding, residual = 16 * eps * largest, jnp.max(residuals)
-  moving = (residual < 0.9 * space.residual) | (residual > rounding)
-  stalled = jnp.where(moving & (space.stalled < 3), 0, space.stalled + 1)
-  ending = (stalled >= 3) | (space.cycle == KRYLOV_RESTARTS)
-  tolerances = eps ** (2 / 3) * sizes + jnp.where(ending, rounding, 0.0)
-  good = residuals <= tolerances
-
-  # Eigenvalues that dwarf those looked for drown them in rounding errors of the small
-  # matrix. Split off, they matter to the second order of their residuals only.
-  dwarf = ritz.sizes > 32 * jnp.min(jnp.abs(found))
-  dwarf &= ritz.residuals <= 10 * eps * ritz.sizes
-  _, ranked = jax.lax.top_k(jnp.where(dwarf, ritz.sizes, -1.0), slots)
-  place = space.locked_count + jnp.arange(slots)
-  place = jnp.where(dwarf[ranked] & (place < slots), place, slots)
-  locked = space.locked.at[place].set(
-    _dot(ritz.vectors[:, ranked].T, rows), mode='drop'
-  )
-  locked_values = space.locked_values.at[place].set(ritz.values[ranked], mode='drop')
-  locking = jnp.any(place < slots)
-  leaving = jnp.where(place < slots, ranked, steps)
-  staying = ritz.vectors.at[:, leaving].set(0.0, mode='drop')
-
-  converged = jnp.all(good) & ~locking
-  same = jnp.all(jnp.abs(found - space.found) <= 2 * tolerances)
-  # One of several equal eigenvalues may be hidden from a start, not from the next.
-  done = converged & ((k == 1) | (space.converged & same))
-
-  # Kept are the smallest half, or what has converged; nothing where the small matrix
-  # was inaccurate, but the sum of the half.
-  kept = jnp.where(converged, jnp.sum(smallest >= slots), steps // 2)
-  kept = jnp.where(ritz.second[kept], kept + 1, kept)
-  kept = jnp.where(locking, 0, kept)
-  chosen = jnp.where(jnp.arange(steps) < kept, ritz.vectors, 0.0)
-  basis = jnp.zeros_like(space.basis).at[:-1].set(_dot(chosen.T, rows))
-  follower = jax.lax.switch(
-    jnp.where(locking, 2, jnp.where(converged, 1, 0)),
-    [
-      lambda: space.basis[-1],
-      lambda: _random_unit(key, space.basis[-1], [locked, basis]),
-      lambda: _unit(_dot(jnp.sum(staying[:, : steps // 2], axis=1), rows), [locked]),
-    ],
-  )
-  coupling = jnp.where(converged, 0.0, _dot(last, chosen))
-  small = jnp.zeros_like(space.small).at[:-1].set(_dot(chosen.T, _dot(square, chosen)))
-  return _Space(
-    basis=basis.at[kept].set(follower),
-    small=small.at[kept].set(coupling),
-    kept=jnp.asarray(kept, int),
-    locked=locked,
-    locked_values=locked_values,
-    locked_count=space.locked_count + jnp.sum(place < slots),
-    found=found,
-    good=good,
-    converged=converged,
-    done=done,
-    residual=jnp.where(locking, most, jnp.minimum(space.residual, residual)),
-    stalled=jnp.where(locking, 0, stalled),
-    cycle=space.cycle + 1,
-  )
-
-
-def _ritz(square, last, symmetric):
-  if symmetric:
-    values, vectors = jnp.linalg.eigh(square)
-    second = jnp.zeros(values.shape, bool)
-    return _Ritz(values, jnp.abs(values), jnp.abs(_dot(last, vectors)), vectors, second)
-  values, vectors = jnp.linalg.eig(square)
-  order = jnp.lexsort((-values.imag, jnp.abs(values.imag), values.real))
-  values, vectors = values[order], vectors[:, order]
-  second = values.imag < 0
-  residuals = jnp.abs(_dot(last.astype(vectors.dtype), vectors))
-  # A conjugate pair has the real and the imaginary part of its vector.
-  real, _ = jnp.linalg.qr(jnp.where(second, vectors.imag, vectors.real))
-  return _Ritz(values.real, jnp.abs(values), residuals, real, second)
-
-
-def _dot(a, b):
-  """The product, in full precision on accelerators as well."""
-  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def _orthogonalise(v, *spaces):
-  """What is left of a vector, and its parts in the last of some spaces."""
-  parts = jnp.zeros([], v.dtype)
-  for rows in spaces:
-    parts = _dot(rows, v)
-    v = v - _dot(parts, rows)
-  return v, parts
-
-
-def _unit(v, spaces):
-  """A vector of length one, orthogonal to some spaces."""
-  for _ in range(2):
-    v, _ = _orthogonalise(v / jnp.linalg.norm(v), *spaces)
-  return v / jnp.linalg.norm(v)
-
-
-def _random_unit(key, like, spaces):
-  return _unit(jax.random.normal(key, like.shape, like.dtype), spaces)

@@ -17,14 +17,18 @@ from tests.problems import batch
 from tests.problems import loss
 from tests.problems import mlp_params
 
-FUNCTIONS = {
-  name: getattr(msam_optax, name)
-  for name in msam_optax.__all__
-  if inspect.isfunction(getattr(msam_optax, name))
-} | {
-  f'flax_nnx.{name}': getattr(flax_nnx, name)
-  for name in ('value_and_grad', 'grad_fn', 'value_and_grad_fn')
-} | {'flax_linen.scale_by_both_passes': flax_linen.scale_by_both_passes}
+FUNCTIONS = (
+  {
+    name: getattr(msam_optax, name)
+    for name in msam_optax.__all__
+    if inspect.isfunction(getattr(msam_optax, name))
+  }
+  | {
+    f'flax_nnx.{name}': getattr(flax_nnx, name)
+    for name in ('value_and_grad', 'grad_fn', 'value_and_grad_fn')
+  }
+  | {'flax_linen.scale_by_both_passes': flax_linen.scale_by_both_passes}
+)
 FUNCTIONS |= {
   f'{module.__name__}.{name}': function
   for module in (sharpness, landscape)

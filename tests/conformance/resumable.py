@@ -21,6 +21,9 @@ import msam_optax
 from tests.conformance.methods import make_method
 from tests.conformance.methods import METHODS
 
+# As in the tests, which compare with this program.
+jax.config.update('jax_default_matmul_precision', 'highest')
+
 HALF, STEPS = 5, 10
 
 _SCHEDULE = optax.cosine_decay_schedule(0.2, STEPS)
