@@ -159,7 +159,7 @@ def asam(
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     eta: ``η``, scalar >= 0. Lets weights that are zero move.
     weights: which leaves are weights, see :func:`adaptive`; by default the leaves of
-      two or more dimensions.
+      two or more dimensions that are not named as biases and scales are.
     mask: which leaves are moved and are part of the norm, by default all.
     axis_name: the mapped axis over which the gradient at the probe is averaged.
     sync_ascent: whether to average the gradient for the ascent, too.

@@ -136,10 +136,11 @@ def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
       params (or a prefix of it), or a function from params to one, such as
       ``by_name('kernel', 'embedding')``. By default the leaves of two or more
       dimensions whose own name is none of ``bias``, ``b``, ``scale``, ``offset``,
-      ``beta`` and ``gamma``. That is right for Flax and Haiku, where layers are stacked
-      (``nn.scan``, ``nnx.vmap``) as where they are not. It is wrong for stacked leaves
-      without such a name, as a vmapped ``eqx.nn.LayerNorm`` has: with one stacked axis
-      everywhere, say ``lambda params: jax.tree.map(lambda w: w.ndim > 2, params)``.
+      ``beta`` and ``gamma``. That is right for Flax and Haiku, whether or not layers
+      are stacked (``nn.scan``, ``nnx.vmap``). It is wrong for stacked leaves without
+      such a name, as a vmapped ``eqx.nn.LayerNorm`` has (with one stacked axis
+      everywhere, say ``lambda params: jax.tree.map(lambda w: w.ndim > 2, params)``),
+      and for a matrix that is called ``b``.
 
   Returns:
     A :class:`Metric` without state; ``ascend`` needs the params.
