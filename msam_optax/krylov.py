@@ -197,7 +197,10 @@ def _restart(space, key, symmetric):
   if symmetric:
     # The columns are complete, while rows of what was kept may have been dropped.
     square = jnp.triu(square) + jnp.triu(square, 1).T
-  ritz = _ritz(square, last, symmetric)
+  # Some solvers answer with numbers where there are none.
+  finite = jnp.all(jnp.isfinite(space.small))
+  ritz = _ritz(jnp.where(finite, square, 0.0), last, symmetric)
+  ritz = ritz._replace(residuals=ritz.residuals + zero_if(finite, dtype))
 
   # The smallest of all, the locked ones included, whose residuals are rounding errors.
   unused = jnp.arange(slots) >= space.locked_count

@@ -44,6 +44,8 @@ DEFAULT_TARGETS = ('rosenbrock', 'mixed')
   ),
 )
 def test_converges(method, optimizer, target):
+  if optimizer == 'galore' and jax.default_backend() != 'cpu':
+    pytest.skip('on a GPU its singular vectors become NaN, without a method as well')
   optimizer, target = OPTIMIZERS[optimizer], TARGETS[target]
   rho = optax.linear_schedule(0.05, 0.0, 5_000)
   tx = optax.chain(make_method(method, rho), optimizer.make())
