@@ -52,8 +52,20 @@ def check_differentiable(params: Any) -> None:
 
 
 def check_real(params: Any) -> None:
-  """Raises a TypeError unless all leaves are real floating-point arrays."""
+  """Raises unless all leaves are real floating-point arrays, and parameters.
+
+  Raises:
+    TypeError: if a leaf is no array, or not real floating point; names its path.
+    ValueError: if it is an FP8 scaling factor, which has no gradient.
+  """
   check_differentiable(params)
+  for path, _ in jax.tree_util.tree_leaves_with_path(params):
+    if OVERWRITTEN in path_names(path):
+      raise ValueError(
+        f'The leaf {at_path(path)} is overwritten with its "gradient": an FP8 scaling'
+        " factor is no parameter. Give `variables['params']` alone, and the rest to the"
+        ' loss by a closure.'
+      )
   check_params(params, jax.tree.map(lambda _: True, params))
 
 
@@ -180,7 +192,8 @@ def check_first(grads: Any, grad: Any) -> None:
         ' (an optimizer, clipping, weight decay), or a wrapper accumulates it'
         ' (optax.MultiSteps). It perturbs the parameters along what it gets, so put it'
         ' first: `optax.chain(msam(), optax.clip_by_global_norm(1.0),'
-        ' optax.adam(1e-3))`.'
+        ' optax.adam(1e-3))`. (Or `grads` and `grad` are two arguments of a function'
+        ' under jit, where one array is two: write `grad=grads` inside of it.)'
       )
 
 
@@ -201,12 +214,19 @@ def pair_hint(tree: Any, reference: Any) -> str:
   if structure(tree) == structure(reference):
     return ''
   if isinstance(tree, tuple) and len(tree) == 2:
-    if structure(tree[1]) == structure(reference):
+    second, first = (structure(tree[i]) == structure(reference) for i in (1, 0))
+    if first and second:
+      return (
+        'This seems to be `(value, grads)` or `(grads, aux)`: give a function that'
+        ' returns the former as `value_and_grad_fn`, and of the latter the first,'
+        ' `lambda params: grad_fn(params)[0]`. '
+      )
+    if second:
       return (
         'This seems to be `(value, grads)`: a function that returns both is to be given'
         ' as `value_and_grad_fn`. '
       )
-    if structure(tree[0]) == structure(reference):
+    if first:
       return (
         'This seems to be `(grads, aux)`: give the first of both, as in `lambda params:'
         ' grad_fn(params)[0]`. '
@@ -249,6 +269,7 @@ def check_varying(grads: Any, axis_name: Any) -> None:
         f'These gradients are summed over {axis!r} already, as shard_map does with'
         ' those of replicated parameters. Cast the parameters before the gradient is'
         f' taken, {how_to_vary(axis)}, or use shard_map(..., check_vma=False).'
+        ' (A gradient that you make yourself: `jnp.zeros_like(param)`.)'
       )
 
 

@@ -62,7 +62,7 @@ def evaluation(
     else:
       value, grads = None, _call('grad_fn', grad_fn, probe)
       what = pair_hint(grads, like) + 'What `grad_fn` returns'
-    what += ' must be like the gradients given to `update`'
+    what += ' must be like the gradients given to `update` (None where they are)'
     check_like(grads, like, what=what, dtypes=dtypes)
     return value, grads
 
@@ -101,6 +101,10 @@ def _call(name, function, probe):
 
 def _advice(name, function, probe):
   """What to write instead, as far as the call tells."""
+  auxiliary = (
+    ' If the loss returns an auxiliary output, say so and drop it: `lambda params:'
+    ' jax.grad(loss, has_aux=True)(params)[0]`.'
+  )
   try:
     inspect.signature(function).bind(probe)
   except TypeError:
@@ -120,12 +124,9 @@ def _advice(name, function, probe):
     return (
       ' If your parameters are something else than one vector, the transformation'
       ' stands inside optax.flatten: put it before, as in `optax.chain(msam(),'
-      ' optax.flatten(optax.adam(1e-3)))`.'
+      f' optax.flatten(optax.adam(1e-3)))`.{auxiliary}'
     )
-  return (
-    ' If the loss returns an auxiliary output, say so and drop it: `lambda params:'
-    ' jax.grad(loss, has_aux=True)(params)[0]`.'
-  )
+  return auxiliary
 
 
 def _pair(result):

@@ -104,9 +104,9 @@ def scale_by_both_passes(
 
     def train_step(state, dynamic_scale, batch):
       take = dynamic_scale.value_and_grad(lambda params: loss_fn(params, batch))
-      _, _, loss, grads = take(state.params)
+      _, finite, loss, grads = take(state.params)
       new = state.apply_gradients(grads=grads, grad_fn=lambda params: take(params)[3])
-      finite = optax.tree.get(new.opt_state, 'finite')
+      finite &= optax.tree.get(new.opt_state, 'finite')
       state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
       return state, scale_by_both_passes(dynamic_scale, finite), loss
 

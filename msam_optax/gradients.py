@@ -124,7 +124,7 @@ def value_and_grad(
       second copy for an automatic partitioner to shard worse. Meant for large models
       on accelerators; convolutions in a loop are many times slower on the CPU. The
       clean pass also gets the parameters in ``perturbation_dtype`` then, and a metric
-      that you write must have the direction zero where the gradient is.
+      of your own must return a zero direction for a zero gradient.
 
   Returns:
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
@@ -365,9 +365,9 @@ def _check_data(shards, argnums, names):
 def _check_scale(loss_scale, perturbation_dtype):
   if loss_scale is None:
     return
-  check_number('loss_scale', loss_scale)
-  if not isinstance(loss_scale, jax.core.Tracer) and not loss_scale > 0:
+  if isinstance(loss_scale, (int, float)) and loss_scale <= 0:
     raise ValueError(f'`loss_scale` must be > 0, got {loss_scale!r}.')
+  check_number('loss_scale', loss_scale)
   if perturbation_dtype is not None and jnp.finfo(perturbation_dtype).nexp < 8:
     raise ValueError(
       f'With `loss_scale` the gradient is divided by it in float32, and in the'

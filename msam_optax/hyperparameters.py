@@ -35,6 +35,7 @@ def check_number(
   name: str, value: Any, *, expected: str = 'a real number or an array'
 ) -> None:
   """Raises unless ``value`` is a finite scalar >= 0, as far as that is known."""
+  value = _unwrapped(value)
   if isinstance(value, jax.core.Tracer):
     check_scalar(name, value)
     return
@@ -67,11 +68,20 @@ def value_at(name: str, value: Hyperparameter, count: Any = None) -> Any:
   What is known when a method is built was checked there. What is not, the value of a
   schedule or of a traced array, becomes NaN, so that the result shows it.
   """
+  value = _unwrapped(value)
   if is_schedule(value):
     value = jnp.asarray(value(count))
     check_scalar(name, value)
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+      raise TypeError(f'The schedule for `{name}` must be real, got {value.dtype}.')
   elif not isinstance(value, jax.core.Tracer):
     return value
   if not jnp.issubdtype(value.dtype, jnp.floating):
     value = value.astype(float)
   return value + zero_if((value >= 0) & jnp.isfinite(value), value.dtype)
+
+
+def _unwrapped(value):
+  """The array that an NNX variable holds, or what was given."""
+  wraps = hasattr(value, '__jax_array__') and not isinstance(value, jax.Array)
+  return value.__jax_array__() if wraps else value

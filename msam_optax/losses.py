@@ -140,9 +140,11 @@ def _factor(loss, weight, loss_scale):
     return None
   scale = widen(1.0 if loss_scale is None else loss_scale, like=(loss, weight))
   if weight is not None:
-    count = divisor(weight)
-    mantissa, _ = jnp.frexp(count)
-    scale = scale / (count / mantissa)
+    # Within what the dtype of the loss holds with room for the loss itself.
+    reach = 2.0 ** (jnp.finfo(jnp.result_type(loss)).maxexp * 3 // 4)
+    count = jnp.clip(divisor(weight), 1 / reach, reach)
+    nexp = jnp.finfo(count.dtype).nexp
+    scale = scale / jax.lax.reduce_precision(count, nexp, mantissa_bits=0)
   return scale.astype(jnp.result_type(loss))
 
 

@@ -13,7 +13,7 @@ OVERWRITTEN = '_overwrite_with_gradient'
 
 # The names of biases and of the scales and shifts of normalisations, in Flax, Haiku,
 # Keras and Equinox. Stacked over layers these have two dimensions or more.
-_NOT_WEIGHTS = ('bias', 'b', 'scale', 'offset', 'beta', 'gamma')
+_NOT_WEIGHTS = ('bias', 'bias_n', 'b', 'scale', 'offset', 'beta', 'gamma')
 
 
 def by_name(*names: str) -> Callable[[Any], Any]:
@@ -31,6 +31,7 @@ def by_name(*names: str) -> Callable[[Any], Any]:
     A function from a pytree to one of Python bools with the same structure.
 
   Raises:
+    TypeError: if a name is no string.
     ValueError: when it is called, if a name occurs nowhere in the pytree.
 
   Examples:
@@ -39,6 +40,10 @@ def by_name(*names: str) -> Callable[[Any], Any]:
     >>> by_name('bias', 'head')(params)
     {'body': {'bias': True, 'kernel': False}, 'head': {'kernel': True}}
   """
+
+  for name in names:
+    if not isinstance(name, str):
+      raise TypeError(f'by_name takes names, each a string, got {name!r}.')
 
   def mask(params):
     found = {name for path, _ in _leaves(params) for name in path_names(path)}
@@ -69,18 +74,19 @@ def weights_by_default(params: Any) -> Any:
   """
 
   def is_weight(path, leaf):
-    name = path_names(path)[-1:]
+    # Flax's WeightNorm has names such as 'Dense_0/kernel/scale'.
+    name = (*path_names(path), '')[-2 if path_names(path) else -1].split('/')[-1]
     floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    return bool(floating and jnp.ndim(leaf) >= 2 and not set(name) & set(_NOT_WEIGHTS))
+    return bool(floating and jnp.ndim(leaf) >= 2 and name not in _NOT_WEIGHTS)
 
   return jax.tree_util.tree_map_with_path(is_weight, params)
 
 
 def path_names(path: Any) -> tuple[str, ...]:
-  """The names on a path in a tree; a variable's ``value`` is none of them."""
+  """The names on a path in a tree; the ``value`` of a variable is none of them."""
+  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
+    path = path[:-1]
   keys = [getattr(key, 'key', getattr(key, 'name', None)) for key in path]
-  if keys and keys[-1] == 'value':
-    keys = keys[:-1]
   return tuple(key for key in keys if isinstance(key, str))
 
 
@@ -176,9 +182,9 @@ def fill(tree: Any, present: Any, params: Any) -> Any:
   leaves = iter(jax.tree.leaves(tree))
 
   def zeros(w):
-    dtype = jnp.result_type(w)
-    floating = jnp.issubdtype(dtype, jnp.floating)
-    return jnp.zeros(jnp.shape(w), dtype if floating else jnp.float32)
+    if jnp.issubdtype(jnp.result_type(w), jnp.floating):
+      return jnp.zeros_like(w)  # In `shard_map` it varies as the parameter does.
+    return jnp.zeros(jnp.shape(w), jnp.float32)
 
   return jax.tree.map(
     lambda here, w: next(leaves) if here else zeros(w), present, params

@@ -61,10 +61,22 @@ def perturb(
     if not moved:
       return w
     step = widen(rho, like=w) * widen(direction, like=w)
-    # The select keeps -0.0, which a sum with 0.0 would not.
-    return jnp.where(step == 0, w, (widen(w) + step).astype(jnp.result_type(w)))
+    return _add(jnp.asarray(w), step)
 
   return jax.tree.map(move, mask, params, ascent.direction)
+
+
+@jax.custom_jvp
+def _add(w, step):
+  """``w + step`` in the step's dtype, rounded to that of ``w``; -0.0 + 0.0 is -0.0."""
+  return jnp.where(step == 0, w, (w.astype(step.dtype) + step).astype(w.dtype))
+
+
+@_add.defjvp
+def _(primals, tangents):
+  w, step = primals
+  dw, dstep = tangents
+  return _add(w, step), (dw.astype(step.dtype) + dstep).astype(w.dtype)
 
 
 def ascend(

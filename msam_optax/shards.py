@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import numpy as np
 
 from msam_optax.checks import check_varying
 from msam_optax.compat import vary
@@ -116,18 +117,28 @@ def positions(
   Raises:
     ValueError: if there is no such argument, or one is named twice.
   """
-  given = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
+  several = isinstance(argnums, Sequence) and not isinstance(argnums, str)
+  given: tuple[Any, ...] = tuple(argnums) if several else (argnums,)
+  if not given:
+    raise ValueError(f'`{name}` is empty: give the position of an argument.')
   for i in given:
-    if not -len(args) <= i < len(args):
-      by_name = f' and {sorted(kwargs)} by keyword' if kwargs else ''
-      advice = (
-        'give the parameters by position'
-        if name == 'argnums'
-        else 'name in `data_argnames` what is given by keyword'
+    if not isinstance(i, (int, np.integer)) or isinstance(i, bool):
+      raise TypeError(
+        f'`{name}` must be the position of an argument, a whole number, or several, got'
+        f' {argnums!r}.'
       )
+    if not -len(args) <= i < len(args):
+      by_name = ''
+      if kwargs:
+        advice = (
+          'give the parameters by position'
+          if name == 'argnums'
+          else 'name in `data_argnames` what is given by keyword'
+        )
+        by_name = f', and {sorted(kwargs)} by keyword: {advice}'
       raise ValueError(
-        f'`{name}` is {argnums}, but there are {len(args)} positional'
-        f' arguments{by_name}: {advice}.'
+        f'`{name}` is {argnums}, but this call has {len(args)} positional'
+        f' argument{"s" if len(args) != 1 else ""}{by_name}.'
       )
   found = [i % len(args) for i in given]
   if len(set(found)) < len(found):
@@ -237,7 +248,11 @@ def _cut(x, shards):
 
 def _data(args, kwargs, params_at, argnums, argnames):
   """Positions and names of the arguments that hold the batch."""
-  names = (argnames,) if isinstance(argnames, str) else tuple(argnames)
+  names = (argnames,) if isinstance(argnames, str) else argnames
+  if not isinstance(names, (tuple, list)):
+    raise TypeError(
+      f'`data_argnames` must be a name, or a sequence of names, got {argnames!r}.'
+    )
   if argnums is None and not names:
     return _only_data(args, kwargs, params_at)
   at = [] if argnums is None else positions('data_argnums', argnums, args, kwargs)

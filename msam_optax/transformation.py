@@ -37,7 +37,6 @@ from msam_optax.metrics import Metric
 from msam_optax.numerics import wide_dtype
 from msam_optax.numerics import widen
 from msam_optax.perturbation import ascend
-from msam_optax.perturbation import ascend_whole
 from msam_optax.perturbation import distance
 from msam_optax.perturbation import perturb
 from msam_optax.perturbation import settle
@@ -60,7 +59,8 @@ class SharpnessAwareState(NamedTuple):
     rise: ``ℓ(w+δ) − ℓ(w)``; recorded if ``value_and_grad_fn`` and ``value`` are. If it
       is negative at a small radius, what came into ``update`` was no gradient.
     finite: bool, whether the update is finite, so the gradient at the params and the
-      one at the probe; True before the first step.
+      one at the probe; True before the first step. (Inside ``optax.MultiSteps`` it is
+      that of the last step that was taken: put the method before it in a chain.)
     metric_state: the metric's own state.
   """
 
@@ -100,15 +100,16 @@ def sharpness_aware(
 
   **It comes first in the chain.** What reaches it must be the gradient at ``params``:
   behind an optimizer it would perturb downhill and return a gradient that is added to
-  the parameters, and behind clipping its radius would be another. Nothing that it sees
-  can tell, unless the gradient is given a second time, ``grad=grads``: then anything
-  else raises.
+  the parameters, and behind clipping its radius would be another. It cannot tell by
+  itself. Pass the gradient a second time, ``grad=grads``, and it raises an error if it
+  receives anything else.
 
   Where the gradient is zero there is no perturbation, and the plain gradient goes
   through. Where it is not finite there is none either, and the result is not finite
-  in the same leaves, so that ``optax.apply_if_finite`` sees it. So is a gradient at the
-  probe that is not, as with loss scaling in half precision, whose own flag covers the
-  clean pass only: ``optax.tree.get(state, 'finite')`` covers both. Leaves whose
+  in the same leaves, so that ``optax.apply_if_finite`` sees it. The same holds for a
+  gradient at the probe that is not finite. Under loss scaling that happens first, and
+  the scaler's own flag covers the clean pass only: ``optax.tree.get(state, 'finite')``
+  covers both. Leaves whose
   gradient is None are not moved. The collection in which Flax keeps its FP8 scaling
   factors is not moved either, and gets the new values of the clean pass.
 
@@ -286,7 +287,14 @@ def normalize_by(
 
   def update(updates, state, params=None):
     check_sharded(updates, param_specs, resolve_mask(None, updates))
-    ascent, state = ascend_whole(metric, updates, state, params, param_specs)
+    ascent, state = ascend(
+      metric,
+      updates,
+      state,
+      params,
+      mask=admitted(None, updates),
+      param_specs=param_specs,
+    )
     return ascent.direction, state
 
   return optax.GradientTransformation(init, update)

@@ -349,7 +349,7 @@ def test_a_scale_that_overflows_is_seen_on_all_devices(pass_, sync, once):
   ('scale', 'error', 'match'),
   [
     (0.0, ValueError, 'must be > 0, got 0.0'),
-    (-1.0, ValueError, '`loss_scale` must be finite'),
+    (-1.0, ValueError, 'must be > 0, got -1.0'),
     (jnp.ones(2), ValueError, '`loss_scale` must be a scalar'),
     ('8', TypeError, '`loss_scale` must be a real number'),
   ],
@@ -433,8 +433,8 @@ def test_parameters_that_have_no_gradient_are_named(once, params, match):
 @pytest.mark.parametrize(
   ('argnums', 'match'),
   [
-    (-9, '`argnums` is -9, but there are 1 positional arguments'),
-    (1, '`argnums` is 1, but there are 1 positional'),
+    (-9, '`argnums` is -9, but this call has 1 positional argument.'),
+    (1, '`argnums` is 1, but this call has 1 positional'),
     ((0, -1), r'`argnums` is \(0, -1\): it names an argument twice'),
   ],
 )
@@ -491,3 +491,17 @@ def test_fp8_histories_cannot_be_averaged(options):
   name = next(iter(options))
   with pytest.raises(ValueError, match=f'averaged over the parts .* `{name}` makes'):
     take(variables, jnp.ones(2))
+
+
+@pytest.mark.parametrize('weight', [1e-5, 1e-3, 1e5])
+def test_a_weight_beyond_the_range_of_a_half_precision_total(weight):
+  """The total in float16, whose reciprocal weight is no number of it."""
+  loss = lambda w: ((weight * w * w).astype(jnp.float16), jnp.float32(weight))
+  if weight > 1:
+    loss = lambda w: (w * w * jnp.float16(100), jnp.float32(weight))
+  w = jnp.float16(2.0) if weight > 1 else jnp.float32(2.0)
+  take = msam_optax.value_and_grad(loss, rho=0.0, has_weight=True)
+  value, grad = take(w)
+  scale = 100 / weight if weight > 1 else 1.0
+  np.testing.assert_allclose(value, 4.0 * scale, rtol=2e-2)
+  np.testing.assert_allclose(grad, 4.0 * scale, rtol=2e-2)

@@ -90,9 +90,9 @@ def half_loss(params, data):
 def chain_step(state, dynamic_scale, data, *, loss=half_loss):
   """Flax's recipe with the transformation, as the documentation has it."""
   take = dynamic_scale.value_and_grad(lambda params: loss(params, data))
-  _, _, value, grads = take(state.params)
+  _, finite, value, grads = take(state.params)
   new = state.apply_gradients(grads=grads, grad_fn=lambda params: take(params)[3])
-  finite = optax.tree.get(new.opt_state, 'finite')
+  finite &= optax.tree.get(new.opt_state, 'finite')
   state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
   return state, flax_linen.scale_by_both_passes(dynamic_scale, finite), value
 
@@ -159,6 +159,26 @@ def test_a_probe_that_overflows_is_skipped_and_the_scale_backs_off(door):
   assert (int(state.step), float(scale.scale)) == (1, 4096.0)
 
 
+@pytest.mark.standard_promotion
+def test_accumulation_behind_the_method_is_skipped_as_well():
+  """Neither a clean pass nor a probe that overflows leaves a trace in the sums."""
+  accumulated = optax.MultiSteps(optax.sgd(0.05), 2).gradient_transformation()
+  state = flax_linen.TrainState.create(
+    apply_fn=None,
+    params={'w': jnp.array([2.0])},
+    tx=optax.chain(msam_optax.sam(0.5), accumulated),
+  )
+  scale, loss = DynamicScale(scale=2.0**14), lambda p, _: exponential(p['w'])
+  scales = []
+  for _ in range(4):
+    state, scale, _ = chain_step(state, scale, None, loss=loss)
+    scales.append(float(scale.scale))
+  # 2¹⁴ is too large for the clean pass, and 2¹³ for the probe.
+  assert scales == [2.0**13, 2.0**12, 2.0**12, 2.0**12]
+  want = 2.0 - 0.05 * np.exp(2.5)
+  np.testing.assert_allclose(state.params['w'][0], want, rtol=1e-3)
+
+
 @pytest.mark.parametrize('finite', [True, False])
 def test_the_scale_follows_flax(finite):
   """What Flax's own scale becomes where its own gradient is, or is not, finite."""
@@ -222,6 +242,15 @@ def test_a_healthy_drop_in_makes_no_nan_on_its_way(eager, options):
   with jax.disable_jit(eager):
     value, _ = msam_optax.value_and_grad(mlp_loss, **options)(mlp_params(), batch())
   assert np.isfinite(value)
+
+
+@pytest.mark.usefixtures('debugging')
+def test_a_healthy_weight_makes_no_infinity_on_its_way():
+  loss = lambda w, x: (jnp.sum(jnp.square(w - x)), jnp.float32(x.size))
+  take = msam_optax.value_and_grad(loss, rho=0.1, has_weight=True)
+  with jax.disable_jit():
+    value, _ = take(jnp.zeros(()), jnp.array([1.0, 3.0]))
+  np.testing.assert_allclose(value, 5.0)
 
 
 @pytest.mark.usefixtures('debugging')

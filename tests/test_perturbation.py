@@ -347,3 +347,25 @@ class VariantsTest(chex.TestCase):
       lambda w, d: np.asarray(w) + np.float32(RHO) * np.asarray(d), params, direction
     )
     chex.assert_trees_all_equal(probe, moved | {'scale': params['scale']})
+
+
+def test_derivatives_where_a_step_is_zero():
+  """At ρ = 0, and in a coordinate without gradient, where -0.0 is kept as well."""
+  w, g = jnp.array([0.6, 0.8]), jnp.array([1.2, 1.6])
+  ascent = Ascent(g / 2, jnp.array(2.0))
+  loss_at = lambda rho: jnp.sum(perturb(w, ascent, rho) ** 2)
+  # ‖w + ρ w‖² = (1 + ρ)², as w is of length one.
+  np.testing.assert_allclose(jax.grad(loss_at)(0.0), 2.0, rtol=1e-6)
+  np.testing.assert_allclose(jax.hessian(loss_at)(0.0), 2.0, rtol=1e-6)
+  scales, centre = jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0])
+  gradient = lambda w: 2 * scales * (w - centre)
+  tx = sharpness_aware(euclidean(), rho=0.5)
+  w = jnp.array([0.0, 2.0])
+
+  def update(w):
+    return tx.update(gradient(w), tx.init(w), w, grad_fn=gradient)[0]
+
+  # H (I + ρ/‖g‖ (I − uuᵀ) H) with H = diag(2, 4), g = (0, 4) and u = (0, 1).
+  want = [[2 * (1 + 0.5 / 4 * 2), 0.0], [0.0, 4.0]]
+  np.testing.assert_allclose(jax.jacobian(update)(w), want, rtol=1e-6)
+  np.testing.assert_allclose(jax.jacfwd(update)(w), want, rtol=1e-6)

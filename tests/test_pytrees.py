@@ -18,6 +18,9 @@ from msam_optax import by_name
 from msam_optax import flax_linen
 from msam_optax import msam
 from msam_optax import sam
+from msam_optax import sharpness
+from msam_optax.compat import vary
+from msam_optax.masks import weights_by_default
 from tests import by_hand
 
 
@@ -268,6 +271,20 @@ def test_names_make_masks():
     msam(mask=by_name('kernal')).init(params)
 
 
+def test_names_that_are_those_of_arrays():
+  """An attention has a leaf called ``value``, and a scale may be normalised by name."""
+  params = {'query': jnp.ones((2, 2)), 'value': jnp.ones((2, 2))}
+  assert by_name('value')(params) == {'query': False, 'value': True}
+  matrix = jnp.ones((2, 2))
+  named = {'Dense_0/kernel/scale': matrix, 'scale': {'value': matrix}}
+  assert weights_by_default(named) == {
+    'Dense_0/kernel/scale': False,
+    'scale': {'value': True},
+  }
+  with pytest.raises(TypeError, match=r"by_name takes names, .* got \['a'\]"):
+    by_name(['a'])
+
+
 @pytest.fixture
 def fp8():
   """A dense layer in FP8: its loss, and variables with their scaling factors."""
@@ -332,3 +349,41 @@ def test_fp8_scaling_factors_have_no_mean_over_replicas(fp8):
       lambda _: tx.update(variables, tx.init(variables), variables, grad_fn=loss),
       axis_name='i',
     )(jnp.ones(2))
+
+
+def test_fp8_scaling_factors_have_no_direction():
+  """Not in a direction alone; and what differentiates everything refuses them."""
+  grads = {
+    'params': jnp.array([3.0, 4.0]),
+    '_overwrite_with_gradient': {'amax': jnp.array([7.0])},
+  }
+  tx = msam_optax.normalize_by(msam_optax.euclidean())
+  direction, _ = tx.update(grads, tx.init(grads), grads)
+  np.testing.assert_allclose(direction['params'], [0.6, 0.8], rtol=1e-6)
+  assert direction['_overwrite_with_gradient']['amax'] == 0
+  with pytest.raises(ValueError, match=r"variables\['params'\]` alone"):
+    sharpness.hessian_eigenvalues(
+      lambda v: jnp.sum(v['params'] ** 2), grads, key=jax.random.key(0)
+    )
+
+
+@pytest.mark.cpu
+def test_missing_gradients_in_a_checked_shard_map():
+  """What is filled in for them varies over devices as the parameters do."""
+  params = {'a': jnp.array([3.0, 4.0]), 'f': jnp.ones(3)}
+  tx = sam(0.5, axis_name='i')
+
+  def step(params, scale):
+    params = jax.tree.map(lambda w: vary(w, frozenset('i')), params)
+    grad_fn = lambda p: {'a': p['a'] * scale[0], 'f': None}
+    return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]['a']
+
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('i',))
+  run = jax.shard_map(
+    step,
+    mesh=mesh,
+    in_specs=(jax.P(), jax.P('i')),
+    out_specs=jax.P(),
+  )
+  got = jax.jit(run)(params, jnp.array([1.0, 3.0]))
+  np.testing.assert_allclose(got, [2 * 3.3, 2 * 4.4], rtol=1e-6)

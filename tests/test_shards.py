@@ -451,7 +451,7 @@ SCALAR = jnp.float32(1.0)
 @pytest.mark.parametrize(
   ('options', 'match'),
   [
-    ({'data_argnums': 3}, r'`data_argnums` is 3, but there are 2 .*`data_argnames`'),
+    ({'data_argnums': 3}, r'`data_argnums` is 3, but this call has 2 .*'),
     ({'data_argnums': -3}, r"`data_argnums` is -3, .* and \['y'\] by keyword"),
     ({'data_argnums': (1, -1)}, 'names an argument twice'),
     ({'data_argnums': (0, 1)}, 'number 0 holds parameters by `argnums`, and the batch'),
@@ -486,7 +486,9 @@ def test_means_of_bfloat16_gradients_are_float32_until_the_end():
 
 def test_parameters_that_are_not_positional_are_named():
   take = msam_optax.value_and_grad(loss, shards=4, compile_once=True)
-  with pytest.raises(ValueError, match='`argnums` is 0, but there are 0 positional'):
+  with pytest.raises(
+    ValueError, match='`argnums` is 0, but this call has 0 positional'
+  ):
     take(params=make_params(), data=make_data())
 
 
