@@ -81,7 +81,7 @@ def value_at(name: str, value: Hyperparameter, count: Any = None) -> Any:
   return value + zero_if((value >= 0) & jnp.isfinite(value), value.dtype)
 
 
-def _unwrapped(value):
+def _unwrapped(value: Any) -> Any:
   """The array that an NNX variable holds, or what was given."""
   wraps = hasattr(value, '__jax_array__') and not isinstance(value, jax.Array)
   return value.__jax_array__() if wraps else value
