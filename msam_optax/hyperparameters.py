@@ -83,5 +83,5 @@ def value_at(name: str, value: Hyperparameter, count: Any = None) -> Any:
 
 def _unwrapped(value: Any) -> Any:
   """The array that an NNX variable holds, or what was given."""
-  wraps = hasattr(value, '__jax_array__') and not isinstance(value, jax.Array)
-  return value.__jax_array__() if wraps else value
+  array = getattr(value, '__jax_array__', None)
+  return value if array is None or isinstance(value, jax.Array) else array()
