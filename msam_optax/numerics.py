@@ -26,68 +26,69 @@ def normalize(tree: Any, param_specs: Any = None) -> tuple[Any, jax.Array]:
     The tree of length one, and the norm, a scalar; zeros, both, where the norm is
     zero or not finite.
   """
-  scale, root, _ = _scaled_norm(tree, param_specs)
-  usable = (root > 0) & jnp.isfinite(scale * root)
+  leaves, axes = jax.tree.leaves(tree), leaf_axes(param_specs, tree)
+  zero = jnp.zeros([], wide_dtype(tree))
+  magnitudes = maxima([largest_magnitude(x) for x in leaves], axes)
+  largest = functools.reduce(jnp.maximum, magnitudes, zero)
+  usable = (largest > 0) & jnp.isfinite(largest)
+  scale = _power_of_two(largest)
+  squares = total([_sum_of_squares(x, scale) for x in leaves], axes, zero)
+  root = jnp.sqrt(jnp.where(usable, squares, 1.0))
+  usable &= jnp.isfinite(scale * root)
   # Products, since XLA turns two divisions into one by what may be too large.
-  inverse = 1.0 / jnp.where(usable, root, 1.0)
+  inverse = 1.0 / root
   unit = jax.tree.map(
     lambda x: jnp.where(usable, x * (1.0 / scale) * inverse, 0.0), tree
   )
   return unit, jnp.where(usable, scale * root, 0.0)
 
 
-def norm(tree: Any, param_specs: Any = None) -> jax.Array:
-  """The Euclidean norm of a tree, NaN where an entry is not finite.
+def norm(tree: Any, size: jax.Array, param_specs: Any = None) -> jax.Array:
+  """The Euclidean norm of a tree, in one pass; not finite where an entry is not.
 
   Args:
     tree: pytree of real floating-point arrays, all of the same dtype.
+    size: scalar, roughly the largest magnitude: to 15 decades in float32.
     param_specs: see :func:`normalize`.
 
   Returns:
     A scalar, whose derivative is 0, not NaN, where the norm is.
   """
-  scale, root, finite = _scaled_norm(tree, param_specs)
-  return jnp.where(finite, scale * root, zero_if(finite, root.dtype))
-
-
-def _scaled_norm(tree, param_specs):
-  """A scale, the norm of the tree divided by it, and whether all entries are finite.
-
-  The scale is about the largest magnitude, so that no square over- or underflows, and
-  a power of two, so that nothing is rounded by it.
-  """
   leaves, axes = jax.tree.leaves(tree), leaf_axes(param_specs, tree)
   zero = jnp.zeros([], wide_dtype(tree))
-  magnitudes = maxima([largest_magnitude(x) for x in leaves], axes)
-  largest = functools.reduce(jnp.maximum, magnitudes, zero)
-  finite = jnp.isfinite(largest)
-  usable = (largest > 0) & finite
-  finfo = jnp.finfo(zero.dtype)
-  # Its reciprocal is a normal number as well.
+  scale = _power_of_two(jnp.asarray(size, zero.dtype))
+  square = total([_sum_of_squares(x, scale) for x in leaves], axes, zero)
+  # Both branches finite, so that the derivative where nothing moved is 0, not NaN.
+  root = jnp.sqrt(jnp.where(square == 0, 1.0, square))
+  return jnp.where(square == 0, 0.0, scale * root)
+
+
+def _power_of_two(size):
+  """About ``size``, to scale by so that no square over- or underflows.
+
+  Nothing is rounded by a power of two, and the results do not depend on it, so their
+  derivatives need not know it. Its reciprocal is a normal number as well.
+  """
+  finfo = jnp.finfo(size.dtype)
   reach = 2.0 ** (finfo.maxexp - 28)
-  scale = jnp.where(usable, jnp.clip(largest, 1 / reach, reach), 1.0)
+  usable = (size > 0) & jnp.isfinite(size)
+  scale = jnp.where(usable, jnp.clip(size, 1 / reach, reach), 1.0)
   scale = jax.lax.reduce_precision(scale, finfo.nexp, mantissa_bits=0)
-  # The results do not depend on the scale, so their derivatives need not know it.
-  scale = jax.lax.stop_gradient(scale)
-  parts = [jnp.sum(jnp.square(x * (1.0 / scale))) for x in leaves]
-  squares = total(parts, axes, zero)
-  root = jnp.sqrt(jnp.where(usable, squares, 1.0))
-  return scale, jnp.where(usable, root, 0.0), finite
+  return jax.lax.stop_gradient(scale)
+
+
+def _sum_of_squares(x, scale):
+  return jnp.sum(jnp.square(x * (1.0 / scale)))
 
 
 def largest_magnitude(x: jax.Array) -> jax.Array:
-  """``max|x|``, infinite if any entry is not finite; 0 for an empty array.
-
-  Its derivative is not that of a maximum, but zero.
-  """
-  x = jax.lax.stop_gradient(widen(x))
-  # As whole numbers, without the bit of the sign, in the order of the magnitudes and
-  # NaN above all: a maximum of floating-point numbers over devices may lose a NaN.
-  kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-  magnitudes = jax.lax.bitcast_convert_type(x, kind) & jnp.iinfo(kind).max
-  largest = jnp.max(magnitudes, initial=0)
-  largest = jax.lax.bitcast_convert_type(largest, x.dtype)
-  finite = jnp.isfinite(largest)
+  """``max|x|``, infinite if any entry is not finite; 0 for an empty array."""
+  x = widen(x)
+  # Across devices a maximum may lose a NaN, so there is none in it; and an infinity
+  # would be one that `jax_debug_infs` sees in healthy arrays.
+  most = float(jnp.finfo(x.dtype).max)
+  largest = jnp.max(jnp.where(jnp.isnan(x), most, jnp.abs(x)), initial=0.0)
+  finite = largest < most
   return jnp.where(finite, largest, zero_if(finite, x.dtype, otherwise=INFINITY))
 
 

@@ -1,6 +1,7 @@
 """The probe: the parameters, moved uphill by the radius."""
 
 from collections.abc import Callable
+import functools
 import inspect
 from typing import Any
 
@@ -118,11 +119,16 @@ def ascend_whole(
 
 
 def distance(
-  probe: Any, params: Any, *, mask: Any = None, param_specs: Any = None
+  probe: Any,
+  params: Any,
+  size: jax.Array,
+  *,
+  mask: Any = None,
+  param_specs: Any = None,
 ) -> jax.Array:
   """``‖probe − w‖₂``, so with what rounding to the params' dtype has left of it.
 
-  It is NaN where the probe is not finite.
+  It is not finite where the probe is not; ``size`` says roughly how long it will be.
   """
 
   def difference(moved, p, w):
@@ -131,45 +137,87 @@ def distance(
     return widen(widen(p, like=w) - widen(w), like=params)
 
   differences = jax.tree.map(difference, admitted(mask, params), probe, params)
-  return norm(differences, param_specs)
+  return norm(differences, size, param_specs)
+
+
+def expected_size(
+  rho: Any, ascent: Ascent, magnitudes: Any, mask: Any = None
+) -> jax.Array:
+  """Roughly how long a perturbation is, without another pass over its arrays.
+
+  A direction of one size everywhere has that of ``slope / max|g|``, since the slope is
+  ``⟨g, direction⟩``, and no direction is shorter. The root of it is as far from that as
+  from a direction of size one, and so never far from either.
+
+  Args:
+    rho: ``ρ``, scalar.
+    ascent: the ascent along which the perturbation is.
+    magnitudes: of the clean gradients, see :func:`magnitudes_of`.
+    mask: which leaves are moved, a tree of bools.
+
+  Returns:
+    A scalar; it may be zero or not finite, where nothing is known.
+  """
+  moved = jax.tree.map(lambda m, x: x if m else jnp.zeros_like(x), mask, magnitudes)
+  largest = functools.reduce(jnp.maximum, jax.tree.leaves(moved))
+  slope = ascent.slope.astype(largest.dtype)
+  ratio = jnp.where(largest > 0, slope / jnp.where(largest > 0, largest, 1.0), 1.0)
+  return widen(rho, like=largest) * jnp.sqrt(jax.lax.stop_gradient(ratio))
+
+
+def magnitudes_of(grads: Any, param_specs: Any = None) -> Any:
+  """The largest magnitude in each leaf, infinite where an entry is not finite.
+
+  Args:
+    grads: pytree of arrays; 0 for leaves that are not floating point or complex.
+    param_specs: how the leaves are sharded inside ``shard_map``: the largest is that
+      of all parts.
+
+  Returns:
+    A tree of scalars like ``grads``, float32 or wider.
+  """
+
+  def of_leaf(g):
+    if not is_inexact(g):
+      return jnp.zeros([], wide_dtype(grads))
+    # Of real arrays no `abs` before it, so that a metric's own pass is the same one.
+    is_complex = jnp.issubdtype(jnp.result_type(g), jnp.complexfloating)
+    return widen(largest_magnitude(jnp.abs(g) if is_complex else g), like=grads)
+
+  leaves, structure = jax.tree.flatten(jax.tree.map(of_leaf, grads))
+  return structure.unflatten(maxima(leaves, leaf_axes(param_specs, grads)))
 
 
 def settle(
   probe_grads: Any,
   grads: Any,
+  magnitudes: Any,
   radius: jax.Array,
   average: Callable[[Any], Any],
-  *,
-  param_specs: Any = None,
 ) -> Any:
   """The gradient at the probe, averaged over replicas and fit to be applied.
 
-  Where a leaf of the clean gradient is not finite, or the probe is none, the result
-  is NaN, whatever the gradient at the probe: what follows in the chain must be able
-  to see it.
+  Where a leaf of the clean gradient is not finite, or the probe is not, the result is
+  NaN, whatever the gradient at the probe: what follows in the chain must be able to
+  see it.
 
   Args:
     probe_grads: gradient at the probe, a pytree like ``grads``.
     grads: the clean gradient.
-    radius: scalar, the probe's distance from the parameters; NaN if there is none.
+    magnitudes: of the clean gradient, see :func:`magnitudes_of`.
+    radius: scalar, the probe's distance from the parameters.
     average: takes the mean over replicas, in the dtypes of ``probe_grads``.
-    param_specs: how the leaves are sharded inside ``shard_map``: all parts of a leaf
-      are NaN where one is.
 
   Returns:
     A pytree with the structure, shapes and dtypes of ``grads``.
   """
-
-  magnitudes = jax.tree.map(lambda g: _magnitude(g, like=grads), grads)
-  leaves, structure = jax.tree.flatten(magnitudes)
-  magnitudes = structure.unflatten(maxima(leaves, leaf_axes(param_specs, grads)))
 
   def poison(magnitude, g_probe):
     if not is_inexact(g_probe):
       return g_probe
     # That the result depends on the radius has a second use: XLA then measures it
     # before an optimizer overwrites donated parameters, and need not copy them.
-    usable = jnp.isfinite(magnitude) & ~jnp.isnan(radius)
+    usable = jnp.isfinite(magnitude) & jnp.isfinite(radius)
     return jnp.where(usable, g_probe, zero_if(usable, g_probe.dtype))
 
   def restore(x, g):
@@ -177,8 +225,3 @@ def settle(
 
   averaged = average(jax.tree.map(poison, magnitudes, probe_grads))
   return jax.tree.map(restore, averaged, grads)
-
-
-def _magnitude(g, like):
-  real = largest_magnitude(jnp.abs(g) if is_inexact(g) else jnp.zeros([]))
-  return widen(real, like=like)

@@ -38,6 +38,8 @@ from msam_optax.numerics import wide_dtype
 from msam_optax.numerics import widen
 from msam_optax.perturbation import ascend
 from msam_optax.perturbation import distance
+from msam_optax.perturbation import expected_size
+from msam_optax.perturbation import magnitudes_of
 from msam_optax.perturbation import perturb
 from msam_optax.perturbation import settle
 from msam_optax.reductions import all_finite
@@ -219,14 +221,17 @@ def sharpness_aware(
       mask=moved,
       param_specs=param_specs,
     )
-    probe = perturb(w, ascent, value_at('rho', rho, state.count), mask=moved)
+    radius_now = value_at('rho', rho, state.count)
+    probe = perturb(w, ascent, radius_now, mask=moved)
     check_probe(probe, params, updates)
     probe_value, probe_grads = evaluate(
       probe, leave_out(g, present), dtypes=perturbation_dtype is None
     )
     probe_grads = fill(probe_grads, present, params)
-    radius = distance(probe, w, mask=moved, param_specs=param_specs)
-    new_updates = settle(probe_grads, updates, radius, average, param_specs=param_specs)
+    magnitudes = magnitudes_of(updates, param_specs)
+    size = expected_size(radius_now, ascent, magnitudes, moved)
+    radius = distance(probe, w, size, mask=moved, param_specs=param_specs)
+    new_updates = settle(probe_grads, updates, magnitudes, radius, average)
     new_updates = jax.tree.map(
       lambda replaced, new, clean: clean if replaced else new,
       overwritten(params),

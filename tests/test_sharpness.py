@@ -196,7 +196,9 @@ SPECTRA = {
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('which', ['largest', 'smallest'])
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+  'dtype', [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)]
+)
 def test_eigenvalues_over_20_decades_of_scale_and_6_of_spread(dtype, which):
   """Of diagonal Hessians, and of dense ones as far as their rounded entries go."""
   eps = jnp.finfo(dtype).eps

@@ -39,7 +39,7 @@ DEFAULT_TARGETS = ('rosenbrock', 'mixed')
   + cases(
     [name for name in METHODS if name not in DEFAULT_METHODS],
     OPTIMIZERS,
-    DEFAULT_TARGETS,
+    ('mixed',),
     default=lambda *_: False,
   ),
 )
