@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from msam_optax.checks import check_params
 from msam_optax.masks import admitted
+from msam_optax.masks import overwritten
 from msam_optax.metrics import Ascent
 from msam_optax.metrics import Metric
 from msam_optax.numerics import largest_magnitude
@@ -199,7 +200,7 @@ def settle(
 
   Where a leaf of the clean gradient is not finite, or the probe is not, the result is
   NaN, whatever the gradient at the probe: what follows in the chain must be able to
-  see it.
+  see it. FP8 scaling factors get the new values of the clean pass.
 
   Args:
     probe_grads: gradient at the probe, a pytree like ``grads``.
@@ -220,8 +221,10 @@ def settle(
     usable = jnp.isfinite(magnitude) & jnp.isfinite(radius)
     return jnp.where(usable, g_probe, zero_if(usable, g_probe.dtype))
 
-  def restore(x, g):
+  def restore(replaced, x, g):
+    if replaced:
+      return g
     return x.astype(jnp.result_type(g)) if is_inexact(x) else x
 
   averaged = average(jax.tree.map(poison, magnitudes, probe_grads))
-  return jax.tree.map(restore, averaged, grads)
+  return jax.tree.map(restore, overwritten(grads), averaged, grads)

@@ -30,7 +30,6 @@ from msam_optax.masks import admitted
 from msam_optax.masks import fill
 from msam_optax.masks import has_leaf
 from msam_optax.masks import leave_out
-from msam_optax.masks import overwritten
 from msam_optax.masks import resolve_mask
 from msam_optax.metrics import check_metric
 from msam_optax.metrics import Metric
@@ -232,12 +231,6 @@ def sharpness_aware(
     size = expected_size(radius_now, ascent, magnitudes, moved)
     radius = distance(probe, w, size, mask=moved, param_specs=param_specs)
     new_updates = settle(probe_grads, updates, magnitudes, radius, average)
-    new_updates = jax.tree.map(
-      lambda replaced, new, clean: clean if replaced else new,
-      overwritten(params),
-      new_updates,
-      updates,
-    )
     scalars = {
       'slope': ascent.slope,
       'radius': radius,
