@@ -119,8 +119,8 @@ def positions(
   """
   several = isinstance(argnums, Sequence) and not isinstance(argnums, str)
   given: tuple[Any, ...] = tuple(argnums) if several else (argnums,)
-  if not given:
-    raise ValueError(f'`{name}` is empty: give the position of an argument.')
+  if not given and name == 'argnums':
+    raise ValueError('`argnums` is empty: give the position of the parameters.')
   for i in given:
     if not isinstance(i, (int, np.integer)) or isinstance(i, bool):
       raise TypeError(

@@ -8,8 +8,13 @@ import jax
 import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
-# A GPU would multiply with 10 bits, a TPU with 8, and the tests compare 20.
-jax.config.update('jax_default_matmul_precision', 'highest')
+
+
+@pytest.fixture(autouse=True, scope='session')
+def precise_products():
+  """A GPU would multiply with 10 bits, a TPU with 8, and the tests compare 20."""
+  if jax.default_backend() != 'cpu':
+    jax.config.update('jax_default_matmul_precision', 'highest')
 
 
 @pytest.fixture(autouse=True)
