@@ -15,6 +15,8 @@ from tests.conformance.targets import TARGETS
 from tests.conformance.training import cases
 from tests.conformance.training import DEFAULT_METHODS
 from tests.conformance.training import make_step
+from tests.conformance.training import OTHER_METHODS
+from tests.conformance.training import SOME_OPTIMIZERS
 
 pytestmark = [
   pytest.mark.standard_promotion,
@@ -32,7 +34,8 @@ COMPILE_FAST = {'xla_backend_optimization_level': 0}
 
 every_pair = pytest.mark.parametrize(
   ('method', 'optimizer'),
-  cases(METHODS, OPTIMIZERS, default=lambda method, _: method in DEFAULT_METHODS),
+  cases(DEFAULT_METHODS, OPTIMIZERS, default=lambda *_: True)
+  + cases(OTHER_METHODS, SOME_OPTIMIZERS, default=lambda *_: False),
 )
 
 

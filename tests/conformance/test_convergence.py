@@ -11,12 +11,13 @@ import optax
 import pytest
 
 from tests.conformance.methods import make_method
-from tests.conformance.methods import METHODS
 from tests.conformance.optimizers import OPTIMIZERS
 from tests.conformance.targets import TARGETS
 from tests.conformance.training import cases
 from tests.conformance.training import DEFAULT_METHODS
 from tests.conformance.training import make_step
+from tests.conformance.training import OTHER_METHODS
+from tests.conformance.training import SOME_OPTIMIZERS
 
 pytestmark = [
   pytest.mark.standard_promotion,
@@ -37,8 +38,8 @@ DEFAULT_TARGETS = ('rosenbrock', 'mixed')
     default=lambda method, optimizer, target: target in DEFAULT_TARGETS,
   )
   + cases(
-    [name for name in METHODS if name not in DEFAULT_METHODS],
-    OPTIMIZERS,
+    OTHER_METHODS,
+    SOME_OPTIMIZERS,
     ('mixed',),
     default=lambda *_: False,
   ),

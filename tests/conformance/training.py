@@ -9,11 +9,18 @@ import jax
 import optax
 import pytest
 
+from tests.conformance.methods import METHODS
 from tests.conformance.optimizers import Optimizer
+from tests.conformance.optimizers import OPTIMIZERS
 from tests.conformance.targets import Target
 
 # The methods that a plain run takes; the others are slow.
 DEFAULT_METHODS = ('msam',)
+
+# They differ in their metrics alone, and not in what an optimizer sees: Monge SAM goes
+# before all optimizers, and the others before every third.
+OTHER_METHODS = [name for name in METHODS if name not in DEFAULT_METHODS]
+SOME_OPTIMIZERS = list(OPTIMIZERS)[::3]
 
 
 def cases(*axes: Iterable[str], default: Callable[..., bool]) -> list[Any]:
