@@ -63,8 +63,8 @@ def weights_by_default(params: Any) -> Any:
   """Which leaves are weights, and not biases or the scales of normalisations.
 
   A weight is a floating-point leaf of two dimensions or more whose own name is not one
-  that biases and scales have: ``bias``, ``b``, ``scale``, ``offset``, ``beta``,
-  ``gamma``.
+  that biases and scales have: ``bias``, ``bias_n``, ``b``, ``scale``, ``offset``,
+  ``beta``, ``gamma``.
 
   Args:
     params: pytree of arrays.
@@ -75,7 +75,7 @@ def weights_by_default(params: Any) -> Any:
 
   def is_weight(path, leaf):
     # Flax's WeightNorm has names such as 'Dense_0/kernel/scale'.
-    name = (*path_names(path), '')[-2 if path_names(path) else -1].split('/')[-1]
+    name = ('', *path_names(path))[-1].split('/')[-1]
     floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return bool(floating and jnp.ndim(leaf) >= 2 and name not in _NOT_WEIGHTS)
 

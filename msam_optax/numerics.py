@@ -34,9 +34,10 @@ def normalize(tree: Any, param_specs: Any = None) -> tuple[Any, jax.Array]:
   scale = _scale(largest)
   squares = total([_sum_of_squares(x, scale) for x in leaves], axes, zero)
   root = jnp.sqrt(jnp.where(usable, squares, 1.0))
-  usable &= jnp.isfinite(scale * root)
+  # Where numbers below the smallest normal one count as zero, so may the root.
+  usable &= (root > 0) & jnp.isfinite(scale * root)
   # Products, since XLA turns two divisions into one by what may be too large.
-  inverse = 1.0 / root
+  inverse = 1.0 / jnp.where(usable, root, 1.0)
   unit = jax.tree.map(
     lambda x: jnp.where(usable, x * (1.0 / scale) * inverse, 0.0), tree
   )

@@ -100,13 +100,6 @@ def ascend(
     return jnp.zeros(jnp.shape(g), dtype if floating else jnp.float32)
 
   grads = jax.tree.map(admit, admitted(mask, params), grads)
-  return ascend_whole(metric, grads, state, params, param_specs)
-
-
-def ascend_whole(
-  metric: Metric, grads: Any, state: Any, params: Any, param_specs: Any
-) -> tuple[Ascent, Any]:
-  """The metric's ascent, of leaves that are whole or sharded inside ``shard_map``."""
   # A metric that is not made for sharded parameters need not know of them.
   if param_specs is None:
     return metric.ascend(grads, state, params)

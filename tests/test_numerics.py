@@ -496,6 +496,17 @@ def test_a_norm_that_is_no_number_any_more_gives_no_direction(jitted):
   assert ascent.slope == 0
 
 
+@pytest.mark.parametrize('size', [1e-38, 1e-42, 1e-45])
+@pytest.mark.parametrize('jitted', [False, True], ids=['eager', 'jit'])
+def test_gradients_below_the_smallest_normal_number_give_no_nan(jitted, size):
+  """Some processors take them for zero: no direction then, or the right one."""
+  ascend_at = jax.jit(lambda g: ascend(euclidean(), g))
+  g = jnp.asarray(np.array([size, 0.0], np.float32))
+  ascent = (ascend_at if jitted else ascend_at.__wrapped__)(g)
+  assert ascent.direction[0] in (0.0, 1.0)
+  assert np.isfinite(ascent.slope)
+
+
 @pytest.mark.parametrize('rho', [1e-25, 1e-30, 1e25, 1e30])
 def test_the_radius_is_that_of_the_probe_at_any_size(rho):
   g, w = jnp.array([3.0, -4.0]), jnp.zeros(2)
