@@ -13,42 +13,15 @@ n, is at most σ: the one bends towards it, the other is cut off.
 import functools
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from msam_optax import Ascent
-from msam_optax import euclidean
-from msam_optax import Metric
+from msam_optax import capped
 from msam_optax import msam
 from msam_optax import sam
 from msam_optax import sharpness_aware
 
 SGD, SAM, MONGE, LE_SAM = 'SGD', 'SAM', 'Monge SAM', 'LE-SAM'
 MATCHED = 'SAM, matched'
-
-
-def capped(alpha: float | jax.Array = 1.0, base: Metric = euclidean()) -> Metric:
-  """The metric ``G = max(1, α²s²) B``, where ``s`` is the slope under the metric ``B``.
-
-  Its direction and slope are the base's, divided by ``max(1, αs)``, where those of
-  ``monge(alpha, base)`` are divided by ``√(1 + α²s²)``. Over the Euclidean metric the
-  radius is ``ρ/max(1, αn) = min(ρ, σ/n)`` with ``σ = ρ/α``.
-
-  Args:
-    alpha: ``α``, scalar >= 0.
-    base: the metric ``B``.
-
-  Returns:
-    A metric with the base's state.
-  """
-
-  def ascend(grads, state, params):
-    ascent, state = base.ascend(grads, state, params)
-    factor = 1.0 / jnp.maximum(1.0, alpha * ascent.slope)
-    direction = jax.tree.map(lambda d: (d * factor).astype(d.dtype), ascent.direction)
-    return Ascent(direction, ascent.slope * factor), state
-
-  return Metric(base.init, ascend)
 
 
 def le_sam(rho: float | jax.Array, alpha: float | jax.Array = 1.0):
@@ -64,7 +37,7 @@ def le_sam(rho: float | jax.Array, alpha: float | jax.Array = 1.0):
   References:
     arXiv 2605.10183
   """
-  return sharpness_aware(capped(alpha), rho)
+  return sharpness_aware(capped(sigma=1.0 / alpha), rho)
 
 
 # Made once: steps are compiled for the very functions that a transformation holds.

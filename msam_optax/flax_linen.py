@@ -14,9 +14,9 @@ from flax.training.dynamic_scale import DynamicScale
 import jax
 import jax.numpy as jnp
 
-from msam_optax.evaluation import EXTRA_ARGS
-from msam_optax.masks import OVERWRITTEN
-from msam_optax.numerics import zero_if
+from msam_optax import _evaluation
+from msam_optax import _masks
+from msam_optax import _numerics
 
 
 class TrainState(train_state.TrainState):
@@ -78,12 +78,12 @@ class TrainState(train_state.TrainState):
     fields = {field.name for field in dataclasses.fields(self)}
     replaced = {name: x for name, x in kwargs.items() if name in fields}
     extra = {name: x for name, x in kwargs.items() if name not in fields}
-    for name in set(extra) - EXTRA_ARGS:
+    for name in set(extra) - _evaluation.EXTRA_ARGS:
       if similar := difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
         raise TypeError(
           f'`{name}` is no field of {type(self).__name__}; `{similar[0]}` is.'
         )
-    if isinstance(grads, Mapping) and OVERWRITTEN in grads:
+    if isinstance(grads, Mapping) and _masks.OVERWRITTEN in grads:
       extra = _of_parameters(extra, self.params)
     # A tx with its extra arguments bound, so that Flax's own step does the rest.
     bound = types.SimpleNamespace(update=functools.partial(_update, self.tx, extra))
@@ -133,7 +133,7 @@ def scale_by_both_passes(
     512.0
   """
   # Flax updates the scale from a gradient: here one that is finite or not as told.
-  gradient_of = lambda x: x + x * zero_if(finite, jnp.float32)
+  gradient_of = lambda x: x + x * _numerics.zero_if(finite, jnp.float32)
   return dynamic_scale.value_and_grad(gradient_of)(jnp.float32(0.0)).dynamic_scale
 
 

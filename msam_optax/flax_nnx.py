@@ -13,18 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msam_optax import _masks
+from msam_optax import combinations
 from msam_optax import gradients
-from msam_optax.gradients import without_state
-from msam_optax.masks import at_path
-from msam_optax.masks import resolve_mask
-from msam_optax.metrics import Metric
-from msam_optax.metrics import monge
+from msam_optax import metrics
+from msam_optax.monge import monge
 
 
 def value_and_grad(
   loss_fn: Callable[..., Any],
-  metric: Metric = monge(),
+  metric: metrics.Metric = monge(),
   rho: float | jax.Array = 0.05,
+  combination: combinations.Combination = combinations.probe_gradient(),
   *,
   argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
   has_aux: bool = False,
@@ -47,6 +47,8 @@ def value_and_grad(
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
     metric: what uphill means; one without state, e.g. ``monge(alpha=1.0)``.
     rho: ``ρ``, the radius, scalar >= 0, a number or an array.
+    combination: what is made of the gradients, see :func:`sharpness_aware`; one without
+      state, e.g. ``surrogate_gap(0.6)``.
     argnums: the position of the model, or ``nnx.DiffState(position, filter)`` where
       only some variables are trained, e.g. ``nnx.DiffState(0, nnx.LoRAParam)``; or
       several of these, which move together. An argument may also be a tuple, list or
@@ -103,12 +105,13 @@ def value_and_grad(
     'perturbation_dtype': perturbation_dtype,
   }
   _check_unbound(loss_fn)
-  without_state(metric, rho, mask=mask, **options)  # Raises early what it raises.
+  # Raises early what it raises.
+  gradients.without_state(metric, rho, combination, mask=mask, **options)
   take = _in_one_loop if compile_once else _in_two_copies
 
   def value_and_grad_at_probe(*args, **kwargs):
     start = _start(loss_fn, args, kwargs, argnums, has_aux)
-    return take(start, metric, rho, mask=_moved(mask, start), **options)
+    return take(start, metric, rho, combination, mask=_trained(mask, start), **options)
 
   # A loss function may be a module, whose attributes are not to be copied.
   return functools.update_wrapper(value_and_grad_at_probe, loss_fn, updated=())
@@ -261,18 +264,18 @@ def _start(loss_fn, args, kwargs, argnums, has_aux):
   return start._replace(params=_fill(_like_gradients(start), state, argnums))
 
 
-def _in_two_copies(start, metric, rho, **options):
-  at_probe = without_state(metric, rho, **options)
+def _in_two_copies(start, metric, rho, combination, **options):
+  update = gradients.without_state(metric, rho, combination, **options)
   take = _take(start)
   value, grads = take(*start.inputs)
 
   def grad_fn(probe):
     return take(*_merge(start, _by_path(probe, start.argnums)))[1]
 
-  return value, at_probe(grads, start.params, grad_fn)
+  return value, update(grads, start.params, grad_fn)
 
 
-def _in_one_loop(start, metric, rho, **options):
+def _in_one_loop(start, metric, rho, combination, **options):
   def pure(params):
     """The loss, and what the pass has changed, as functions of arrays."""
     trained = _by_path(params, start.argnums)
@@ -284,7 +287,7 @@ def _in_one_loop(start, metric, rho, **options):
     return value, (aux, _changed(inputs, before, trained))
 
   take = gradients.value_and_grad(
-    pure, metric, rho, has_aux=True, compile_once=True, **options
+    pure, metric, rho, combination, has_aux=True, compile_once=True, **options
   )
   (value, (aux, changed)), grads = take(start.params)
   nnx.update(start.inputs, changed)
@@ -330,7 +333,7 @@ def _like_gradients(start):
   return like
 
 
-def _moved(mask, start):
+def _trained(mask, start):
   """A mask that leaves out what has gradients in tree mode and is no parameter."""
 
   def trained(node):
@@ -342,12 +345,12 @@ def _moved(mask, start):
       is_leaf=_is_variable,
     )
 
-  moved = resolve_mask(
+  moved = _masks.resolve_mask(
     jax.tree.map(trained, start.params, is_leaf=_is_node), start.params
   )
   if all(jax.tree.leaves(moved)):
     return mask
-  return jax.tree.map(operator.and_, resolve_mask(mask, start.params), moved)
+  return jax.tree.map(operator.and_, _masks.resolve_mask(mask, start.params), moved)
 
 
 def _is_variable(x):
@@ -529,5 +532,5 @@ def _check_arrays(aux):
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
       raise TypeError(
         'With `compile_once=True` the auxiliary output that `loss_fn` returns must hold'
-        f' arrays only, but {at_path(path)} there is a {type(leaf).__name__}.'
+        f' arrays only, but {_masks.at_path(path)} there is a {type(leaf).__name__}.'
       )

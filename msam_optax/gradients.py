@@ -4,38 +4,33 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 from typing import Any
+from typing import Unpack
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from msam_optax.checks import check_axes
-from msam_optax.checks import check_axis_name
-from msam_optax.checks import check_differentiable
-from msam_optax.hyperparameters import check_number
-from msam_optax.hyperparameters import is_schedule
-from msam_optax.losses import differentiated
-from msam_optax.losses import divisor
-from msam_optax.losses import map_gradients
-from msam_optax.losses import new_values
-from msam_optax.masks import admitted
-from msam_optax.masks import OVERWRITTEN
-from msam_optax.masks import overwritten
-from msam_optax.metrics import Metric
-from msam_optax.metrics import monge
-from msam_optax.numerics import widen
-from msam_optax.shards import mean_over_devices
-from msam_optax.shards import over_shards
-from msam_optax.shards import positions
-from msam_optax.shards import zeros_like
-from msam_optax.transformation import sharpness_aware
+from msam_optax import _checks
+from msam_optax import _devices
+from msam_optax import _hyperparameters
+from msam_optax import _loops
+from msam_optax import _losses
+from msam_optax import _masks
+from msam_optax import _microbatches
+from msam_optax import _numerics
+from msam_optax import _passes
+from msam_optax import combinations
+from msam_optax import metrics
+from msam_optax import spaces
+from msam_optax import transformation
+from msam_optax.monge import monge
 
 
 def value_and_grad(
   loss_fn: Callable[..., Any],
-  metric: Metric = monge(),
+  metric: metrics.Metric = monge(),
   rho: float | jax.Array = 0.05,
+  combination: combinations.Combination = combinations.probe_gradient(),
   *,
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,
@@ -77,6 +72,8 @@ def value_and_grad(
     metric: what uphill means; one without state, e.g. ``monge(alpha=1.0)``.
     rho: ``ρ``, the radius, scalar >= 0, a number or an array. For a schedule, make
       the function inside the training step and give ``rho=schedule(step)``.
+    combination: what is made of the gradients, see :func:`sharpness_aware`; one without
+      state that takes its probes in every step, e.g. ``surrogate_gap(0.6)``.
     argnums: positional argument, or arguments, that hold the parameters; negative
       numbers count from the back. Leaves that JAX cannot differentiate, as integers
       and functions, belong in another argument.
@@ -180,51 +177,64 @@ def value_and_grad(
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
   _check_loss_fn(loss_fn)
-  check_axis_name(axis_name)
+  _devices.check_axis_name(axis_name)
   _check_parts(axis_name, shards, sync_ascent, vectorize_shards)
   _check_data(shards, data_argnums, data_argnames)
-  at_probe = without_state(
+  without_state(
     metric,
     rho,
+    combination,
     mask=mask,
     param_specs=param_specs,
     perturbation_dtype=perturbation_dtype,
-  )
+  )  # Raises early what it raises.
   _check_scale(loss_scale, perturbation_dtype)
 
-  in_parts = functools.partial(
-    over_shards,
+  in_microbatches = functools.partial(
+    _microbatches.over_microbatches,
     shards=None if shards is None else int(shards),
     argnums=argnums,
     data_argnums=data_argnums,
     data_argnames=data_argnames,
     vectorize=vectorize_shards,
   )
-  average = functools.partial(mean_over_devices, axis_name=axis_name)
-  plain = differentiated(
+  clean = _loops.clean_pass(
     loss_fn, argnums, has_aux=has_aux, has_weight=has_weight, loss_scale=loss_scale
   )
-  both = functools.partial(
-    _looped if compile_once else _straight,
-    at_probe=at_probe,
-    argnums=argnums,
-    cast=functools.partial(_cast, dtype=perturbation_dtype, mask=mask),
-    wide=has_weight or loss_scale is not None,
+  setting = _passes.Setting(
+    metric, rho, combination, mask, param_specs, perturbation_dtype
   )
+  all_passes = functools.partial(_loops.in_a_row, setting=setting, argnums=argnums)
+  if compile_once:
+    wide = has_weight or loss_scale is not None
+    all_passes = functools.partial(
+      _loops.in_one_loop, setting=setting, argnums=argnums, wide=wide
+    )
   if sync_ascent:
-    take = both(in_parts(plain), average=average, synced=axis_name)
+    gradients_of = all_passes(in_microbatches(clean), axis_name=axis_name)
   else:
-    take = in_parts(both(plain, average=lambda grads, weight: grads, synced=()))
+    gradients_of = in_microbatches(
+      all_passes(clean, axis_name=None), gradients=1 + len(combination.scales)
+    )
 
   @functools.wraps(loss_fn)
   def value_and_grad_fn(*args, **kwargs):
-    positions('argnums', argnums, args, kwargs)
-    params = _select(args, argnums)
-    check_differentiable(params)
-    check_axes(params, param_specs, axis_name)
+    _microbatches.positions('argnums', argnums, args, kwargs)
+    params = _loops.select(args, argnums)
+    _check_states(metric, combination, params)
+    _checks.check_differentiable(params)
+    _devices.check_axes(params, param_specs, axis_name)
     _check_overwritten(params, shards, axis_name)
-    output, grads = take(*args, **kwargs)
-    grads = grads if sync_ascent else average(grads, output.weight)
+    output, grads = gradients_of(*args, **kwargs)
+    if sync_ascent:
+      averaged = grads if compile_once else grads[0]
+    else:
+      _devices.check_varying(grads[0], axis_name)
+      averaged = ()
+    space = spaces.over(axis_name, param_specs, weight=output.weight, averaged=averaged)
+    grads, _ = _passes.combine(
+      grads, combination.init(params), space, setting, like=grads[0], params=params
+    )
     value, grads = _whole(output, grads, axis_name)
     grads = jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
     return (value, output.aux) if has_aux else value, grads
@@ -233,90 +243,63 @@ def value_and_grad(
 
 
 def without_state(
-  metric: Metric, rho: float | jax.Array, **options: Any
+  metric: metrics.Metric,
+  rho: float | jax.Array,
+  combination: combinations.Combination,
+  **options: Unpack[transformation.Options],
 ) -> Callable[[Any, Any, Callable[[Any], Any]], Any]:
   """One update of :func:`sharpness_aware`, for what has nowhere to keep a state.
 
   Args:
     metric: a metric without state.
     rho: ``ρ``, scalar >= 0, a number or an array.
+    combination: a combination without state.
     **options: the keyword arguments of :func:`sharpness_aware`.
 
   Returns:
-    ``(grads, params, grad_fn) -> grads at the probe``.
+    ``(grads, params, grad_fn) -> update``.
 
   Raises:
-    ValueError: if ``rho`` is a schedule; when called, if the metric has a state.
+    ValueError: if ``rho`` is a schedule, or the combination skips probes; when called,
+      if the metric or the combination has a state.
   """
-  if is_schedule(rho):
+  if _hyperparameters.is_schedule(rho):
     raise ValueError(
       'A schedule for `rho` needs a step count, which `value_and_grad` does not'
       ' have: give its value, as in `value_and_grad(loss_fn, metric,'
       ' rho=schedule(step))` inside the training step, or use the'
       ' transformation `sharpness_aware(metric, rho=schedule)`.'
     )
-  tx = sharpness_aware(metric, rho, **options)
-
-  def at_probe(grads, params, grad_fn):
-    if jax.tree.leaves(metric.init(params)):
-      raise ValueError(
-        'This metric keeps a state from step to step (a schedule for `alpha`, for'
-        ' example, counts), and `value_and_grad` has nowhere to keep it: use the'
-        ' transformation `sharpness_aware(metric, rho)` in `optax.chain`.'
-      )
-    grads, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
-    return grads
-
-  return at_probe
-
-
-def _straight(take, *, at_probe, argnums, cast, wide, average, synced):
-  """The clean pass, and the pass at the probe."""
-  del wide, synced
-
-  def both(*args, **kwargs):
-    params = _select(args, argnums)
-    output, grads = take(*args, **kwargs)
-    g = cast(average(grads, output.weight), params)
-    grad_fn = lambda probe: take(*_replace(args, argnums, probe), **kwargs)[1]
-    return output, average(at_probe(g, params, grad_fn), output.weight)
-
-  return both
-
-
-def _looped(take, *, at_probe, argnums, cast, wide, average, synced):
-  """Both passes as the iterations of ``g ← ∇ℓ(w + δ(g))``, from ``g = 0``.
-
-  A gradient of zero is no perturbation, so the first iteration is the clean pass.
-  """
-
-  def both(*args, **kwargs):
-    params = _select(args, argnums)
-
-    def one_pass(g, _):
-      outputs = []
-
-      def grad_fn(probe):
-        output, grads = take(*_replace(args, argnums, probe), **kwargs)
-        outputs.append((output, new_values(grads)))
-        return jax.tree.map(lambda x, g: x.astype(g.dtype), grads, g)
-
-      grads = at_probe(g, params, grad_fn)
-      return average(grads, outputs[0][0].weight), outputs[0]
-
-    start = zeros_like(params, synced)
-    start = cast(map_gradients(widen, start) if wide else start, params)
-    grads, outputs = jax.lax.scan(one_pass, start, length=2)
-    output, replaced = jax.tree.map(lambda x: x[0], outputs)
-    grads = jax.tree.map(
-      lambda new, g: g if new is None else new,
-      replaced,
-      grads,
-      is_leaf=lambda x: x is None,
+  tx = transformation.sharpness_aware(metric, rho, combination, **options)
+  if combination.due is not None:
+    raise ValueError(
+      'This combination decides from step to step whether to take its probes (`due`),'
+      ' and `value_and_grad` takes them always: use the transformation'
+      ' `sharpness_aware(metric, rho, combination)` in `optax.chain`.'
     )
-    return output, grads
 
-  return both
+  def update(grads, params, grad_fn):
+    _check_states(metric, combination, params)
+    new, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+    return new
+
+  return update
+
+
+def _check_states(metric, combination, params):
+  """Raises if there is a state, which a function has nowhere to keep."""
+  if jax.tree.leaves(metric.init(params)):
+    raise ValueError(
+      'This metric keeps a state from step to step (a schedule for `alpha`, for'
+      ' example, counts), and `value_and_grad` has nowhere to keep it: use the'
+      ' transformation `sharpness_aware(metric, rho)` in `optax.chain`.'
+    )
+  if jax.tree.leaves(combination.init(params)):
+    raise ValueError(
+      'This combination keeps a state from step to step, and `value_and_grad` has'
+      ' nowhere to keep it: use the transformation `sharpness_aware(metric, rho,'
+      ' combination)` in `optax.chain`.'
+    )
 
 
 def _whole(output, grads, axis_name):
@@ -327,8 +310,10 @@ def _whole(output, grads, axis_name):
   if axis_name is not None:
     total, weight = jax.lax.psum((total, weight), axis_name)
   # One, but 0/0 if all parts are empty, as a plain loss would have it.
-  ratio = divisor(weight) / weight
-  return total / weight, map_gradients(lambda g: g * ratio.astype(g.dtype), grads)
+  ratio = _numerics.divisor(weight) / weight
+  return total / weight, _losses.map_gradients(
+    lambda g: g * ratio.astype(g.dtype), grads
+  )
 
 
 def _check_loss_fn(loss_fn):
@@ -367,7 +352,7 @@ def _check_scale(loss_scale, perturbation_dtype):
     return
   if isinstance(loss_scale, (int, float)) and loss_scale <= 0:
     raise ValueError(f'`loss_scale` must be > 0, got {loss_scale!r}.')
-  check_number('loss_scale', loss_scale)
+  _hyperparameters.check_number('loss_scale', loss_scale)
   if perturbation_dtype is not None and jnp.finfo(perturbation_dtype).nexp < 8:
     raise ValueError(
       f'With `loss_scale` the gradient is divided by it in float32, and in the'
@@ -378,35 +363,13 @@ def _check_scale(loss_scale, perturbation_dtype):
 
 def _check_overwritten(params, shards, axis_name):
   parts = 'axis_name' if shards is None else 'shards'
-  if (shards, axis_name) != (None, None) and any(jax.tree.leaves(overwritten(params))):
+  if (shards, axis_name) != (None, None) and any(
+    jax.tree.leaves(_masks.overwritten(params))
+  ):
     raise ValueError(
-      f'The parameters hold the collection {OVERWRITTEN!r}, whose "gradients" are new'
-      f' values and cannot be averaged over the parts of a batch that `{parts}` makes.'
+      f'The parameters hold the collection {_masks.OVERWRITTEN!r}, whose "gradients"'
+      f' are new values, and cannot be averaged over the parts of a batch that'
+      f' `{parts}` makes.'
       ' Take gradients of the whole batch, under jit with sharded arrays if it is on'
       ' several devices.'
     )
-
-
-def _cast(grads, params, *, dtype, mask):
-  """Gradients in a dtype, but for leaves that are not moved."""
-  if dtype is None:
-    return grads
-  cast = lambda g, moved: g.astype(dtype) if moved else g
-  return jax.tree.map(cast, grads, admitted(mask, params))
-
-
-def _select(args, argnums):
-  """The parameters among the arguments: one, or a tuple of several."""
-  if isinstance(argnums, Sequence):
-    return tuple(args[i] for i in argnums)
-  return args[argnums]
-
-
-def _replace(args, argnums, params):
-  """The arguments with other parameters."""
-  if not isinstance(argnums, Sequence):
-    argnums, params = (argnums,), (params,)
-  new = list(args)
-  for i, p in zip(argnums, params, strict=True):
-    new[i] = p
-  return new

@@ -21,15 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msam_optax.checks import check_like
-from msam_optax.checks import check_real
-from msam_optax.masks import at_path
-from msam_optax.masks import resolve_mask
-from msam_optax.masks import weights_by_default
-from msam_optax.metrics import euclidean
-from msam_optax.metrics import Metric
-from msam_optax.metrics import monge
-from msam_optax.numerics import widen
+from msam_optax import _checks
+from msam_optax import _masks
+from msam_optax import _numerics
+from msam_optax import metrics
+from msam_optax.monge import monge
 
 COLOURS = {'SAM': '#d95f02', 'Monge SAM': '#1b6ca8'}
 
@@ -95,27 +91,29 @@ def random_direction(
     Li et al., `Visualizing the Loss Landscape of Neural Nets
     <https://arxiv.org/abs/1712.09913>`_, 2018
   """
-  check_real(params)
+  _checks.check_real(params)
   layers = _resolve_stacked(stacked, params)
   if weights is None:
     chosen = jax.tree.map(
       lambda weight, n, w: weight and jnp.ndim(w) - n >= 2,
-      weights_by_default(params),
+      _masks.weights_by_default(params),
       layers,
       params,
     )
   else:
-    chosen = resolve_mask(weights, params, name='weights')
+    chosen = _masks.resolve_mask(weights, params, name='weights')
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(key, len(leaves))
 
   def filtered(w, weight, layers, key):
     if not weight:
       return jnp.zeros_like(w)
-    d = jax.random.normal(key, jnp.shape(w), widen(w).dtype)
+    d = jax.random.normal(key, jnp.shape(w), _numerics.widen(w).dtype)
     end = jnp.ndim(w) - 1 if jnp.ndim(w) - layers >= 2 else jnp.ndim(w)
     axes = tuple(range(layers, end))
-    return (_unit(d, axes) * _length(widen(w), axes)).astype(jnp.result_type(w))
+    return (_unit(d, axes) * _length(_numerics.widen(w), axes)).astype(
+      jnp.result_type(w)
+    )
 
   return structure.unflatten(
     map(filtered, leaves, jax.tree.leaves(chosen), jax.tree.leaves(layers), keys)
@@ -123,7 +121,9 @@ def random_direction(
 
 
 def steepest_direction(
-  loss: Callable[[Any], Any], params: Any, metric: Metric = euclidean()
+  loss: Callable[[Any], Any],
+  params: Any,
+  metric: metrics.Metric = metrics.euclidean(),
 ) -> Any:
   """The direction of steepest ascent under a metric, ``G⁻¹g/√(gᵀG⁻¹g)``.
 
@@ -144,7 +144,7 @@ def steepest_direction(
     >>> print(steepest_direction(lambda w: jnp.sum(w**2), jnp.array([3.0, 4.0])))
     [0.6 0.8]
   """
-  check_real(params)
+  _checks.check_real(params)
   ascent, _ = metric.ascend(jax.grad(loss)(params), metric.init(params), params)
   return ascent.direction
 
@@ -187,10 +187,10 @@ def loss_slice(
       'A slice has one or two directions, each with its steps, got'
       f' {len(directions)} directions and {len(coordinates)} arrays of steps.'
     )
-  check_real(params)
+  _checks.check_real(params)
   for i, direction in enumerate(directions):
     what = f'`directions[{i}]` must be like `params`'
-    check_like(direction, params, what=what, dtypes=False)
+    _checks.check_like(direction, params, what=what, dtypes=False)
   steps = tuple(jnp.asarray(x, jnp.result_type(float)) for x in coordinates)
   for i, x in enumerate(steps):
     if x.ndim != 1 or not x.size:
@@ -204,12 +204,12 @@ def loss_slice(
 
   def value(point):
     def move(w, *ds):
-      w_wide = widen(w)
+      w_wide = _numerics.widen(w)
       for x, d in zip(point, ds, strict=True):
-        w_wide += x.astype(w_wide.dtype) * widen(d, like=w)
+        w_wide += x.astype(w_wide.dtype) * _numerics.widen(d, like=w)
       return w_wide.astype(jnp.result_type(w))
 
-    return widen(loss(jax.tree.map(move, params, *directions)))
+    return _numerics.widen(loss(jax.tree.map(move, params, *directions)))
 
   points = grid.reshape(-1, len(directions))
   values = jax.jit(lambda p: jax.lax.map(value, p, batch_size=chunk))(points)
@@ -253,7 +253,7 @@ def probes(
   lengths = np.linalg.norm(basis, axis=0)
   lengths = np.where(lengths > 0, lengths, 1.0)
   found = {}
-  for name, metric in {'SAM': euclidean(), 'Monge SAM': monge(alpha)}.items():
+  for name, metric in {'SAM': metrics.euclidean(), 'Monge SAM': monge(alpha)}.items():
     delta = float(rho) * _flat(steepest_direction(loss, params, metric))
     found[name] = np.linalg.lstsq(basis / lengths, delta, rcond=None)[0] / lengths
   return found
@@ -389,10 +389,11 @@ def _resolve_stacked(stacked, params):
   """How many leading axes of each leaf count layers, a tree of ints like ``params``."""
 
   def count(path, n):
+    where = _masks.at_path(path)
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
       raise TypeError(
         f'`stacked` must hold an int per leaf, the number of leading axes that count'
-        f' layers, got {n!r} {at_path(path)}.'
+        f' layers, got {n!r} {where}.'
       )
     return int(n)
 
@@ -409,9 +410,10 @@ def _resolve_stacked(stacked, params):
     ) from error
   leaves = jax.tree_util.tree_leaves_with_path(params)
   for (path, w), n in zip(leaves, jax.tree.leaves(counts), strict=True):
+    where = _masks.at_path(path)
     if not 0 <= n <= jnp.ndim(w):
       raise ValueError(
-        f'`stacked` says that {n} leading axes count layers {at_path(path)}, where the'
+        f'`stacked` says that {n} leading axes count layers {where}, where the'
         f' shape is {jnp.shape(w)}. Give a tree of ints if layers are stacked in some'
         " leaves only: `stacked={'blocks': 1, 'head': 0}`."
       )

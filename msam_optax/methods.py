@@ -1,34 +1,59 @@
-"""The methods, each a metric in the two-pass transformation."""
+"""The methods, each a metric and a combination in the two-pass transformation."""
 
+from collections.abc import Callable
+import functools
+import inspect
 from typing import Any
+from typing import ParamSpec
+from typing import Unpack
 
 import jax
+import jax.core
 import optax
 
-from msam_optax.hyperparameters import Hyperparameter
-from msam_optax.metrics import adaptive
-from msam_optax.metrics import diagonal_fisher
-from msam_optax.metrics import euclidean
-from msam_optax.metrics import Metric
-from msam_optax.metrics import monge
-from msam_optax.transformation import sharpness_aware
+from msam_optax import _hyperparameters
+from msam_optax import combinations
+from msam_optax import metrics
+from msam_optax import transformation
+from msam_optax.monge import monge
 
-# The keyword arguments of `sharpness_aware` are spelt out, not `**kwargs`, because
-# `optax.inject_hyperparams` reads signatures and cannot pass those on.
+P = ParamSpec('P')
+Transformation = optax.GradientTransformationExtraArgs
 
 
+def _method(make: Callable[P, Transformation]) -> Callable[P, Transformation]:
+  """Shows ``**options`` as the keywords that they are.
+
+  ``optax.inject_hyperparams`` reads signatures and cannot pass on what is not in them;
+  ``help`` and editors show them.
+  """
+  own = inspect.signature(make)
+  shared = inspect.signature(transformation.sharpness_aware).parameters
+  parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+  parameters += [shared[name] for name in transformation.Options.__annotations__]
+  signature = own.replace(parameters=parameters)
+
+  @functools.wraps(make)
+  def method(*args: P.args, **kwargs: P.kwargs) -> Transformation:
+    try:
+      signature.bind(*args, **kwargs)
+    except TypeError as error:
+      raise TypeError(f'{make.__name__}() {error}') from None
+    return make(*args, **kwargs)
+
+  method.__signature__ = signature  # pyright: ignore
+  return method
+
+
+@_method
 def msam(
-  rho: Hyperparameter = 0.05,
-  alpha: Hyperparameter = 1.0,
+  rho: _hyperparameters.Hyperparameter = 0.05,
+  alpha: _hyperparameters.Hyperparameter = 1.0,
   *,
-  base: Metric = euclidean(),
-  mask: Any = None,
-  axis_name: Any = None,
-  sync_ascent: bool = False,
-  param_specs: Any = None,
-  perturbation_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-  """Monge SAM: the gradient at the worst point near by, as the loss surface sees it.
+  base: metrics.Metric = metrics.euclidean(),
+  **options: Unpack[transformation.Options],
+) -> Transformation:
+  """Monge SAM: the gradient at the worst point nearby, as the loss surface sees it.
 
   For the gradient ``g`` at the parameters ``w`` it is the gradient at ``w + δ``,
 
@@ -43,12 +68,8 @@ def msam(
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     alpha: ``α``, likewise. 0 is SAM; the paper has 1.
     base: the metric that Monge is laid over; Euclidean in the paper.
-    mask: which leaves are moved and are part of the norm, by default all.
-    axis_name: the mapped axis over which the gradient at the probe is averaged.
-    sync_ascent: whether to average the gradient for the ascent, too.
-    param_specs: the params' ``PartitionSpec``s, if sharded inside ``shard_map``.
-    perturbation_dtype: dtype of the probe, by default that of the params.
-      The last five are those of :func:`sharpness_aware`, which tells more.
+    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
+      ``perturbation_dtype`` of :func:`sharpness_aware`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`.
@@ -73,38 +94,22 @@ def msam(
     Sharpness-Aware Minimization Based on Loss Geometry
     <https://arxiv.org/abs/2502.08448>`_, 2025
   """
-  return sharpness_aware(
-    monge(alpha, base),
-    rho,
-    mask=mask,
-    axis_name=axis_name,
-    sync_ascent=sync_ascent,
-    param_specs=param_specs,
-    perturbation_dtype=perturbation_dtype,
-  )
+  return transformation.sharpness_aware(monge(alpha, base), rho, **options)
 
 
+@_method
 def sam(
-  rho: Hyperparameter = 0.05,
-  *,
-  mask: Any = None,
-  axis_name: Any = None,
-  sync_ascent: bool = False,
-  param_specs: Any = None,
-  perturbation_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
+  rho: _hyperparameters.Hyperparameter = 0.05,
+  **options: Unpack[transformation.Options],
+) -> Transformation:
   """SAM: the gradient at the worst point within the Euclidean distance ``ρ``.
 
   For the gradient ``g`` at the parameters ``w`` it is the gradient at ``w + ρ g/‖g‖``.
 
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
-    mask: which leaves are moved and are part of the norm, by default all.
-    axis_name: the mapped axis over which the gradient at the probe is averaged.
-    sync_ascent: whether to average the gradient for the ascent, too.
-    param_specs: the params' ``PartitionSpec``s, if sharded inside ``shard_map``.
-    perturbation_dtype: dtype of the probe, by default that of the params.
-      The last five are those of :func:`sharpness_aware`, which tells more.
+    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
+      ``perturbation_dtype`` of :func:`sharpness_aware`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`.
@@ -128,28 +133,17 @@ def sam(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  return sharpness_aware(
-    euclidean(),
-    rho,
-    mask=mask,
-    axis_name=axis_name,
-    sync_ascent=sync_ascent,
-    param_specs=param_specs,
-    perturbation_dtype=perturbation_dtype,
-  )
+  return transformation.sharpness_aware(metrics.euclidean(), rho, **options)
 
 
+@_method
 def asam(
-  rho: Hyperparameter = 0.5,
+  rho: _hyperparameters.Hyperparameter = 0.5,
   eta: float | jax.Array = 0.01,
   *,
   weights: Any = None,
-  mask: Any = None,
-  axis_name: Any = None,
-  sync_ascent: bool = False,
-  param_specs: Any = None,
-  perturbation_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
+  **options: Unpack[transformation.Options],
+) -> Transformation:
   """ASAM: adaptive SAM, whose distances are relative to the size of each weight.
 
   For the gradient ``g`` at the parameters ``w`` it is the gradient at
@@ -160,12 +154,8 @@ def asam(
     eta: ``η``, scalar >= 0. Lets weights that are zero move.
     weights: which leaves are weights, see :func:`adaptive`; by default the leaves of
       two or more dimensions that are not named as biases and scales are.
-    mask: which leaves are moved and are part of the norm, by default all.
-    axis_name: the mapped axis over which the gradient at the probe is averaged.
-    sync_ascent: whether to average the gradient for the ascent, too.
-    param_specs: the params' ``PartitionSpec``s, if sharded inside ``shard_map``.
-    perturbation_dtype: dtype of the probe, by default that of the params.
-      The last five are those of :func:`sharpness_aware`, which tells more.
+    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
+      ``perturbation_dtype`` of :func:`sharpness_aware`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`.
@@ -189,27 +179,17 @@ def asam(
     Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
     Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
   """
-  return sharpness_aware(
-    adaptive(eta, weights=weights),
-    rho,
-    mask=mask,
-    axis_name=axis_name,
-    sync_ascent=sync_ascent,
-    param_specs=param_specs,
-    perturbation_dtype=perturbation_dtype,
+  return transformation.sharpness_aware(
+    metrics.adaptive(eta, weights=weights), rho, **options
   )
 
 
+@_method
 def fisher_sam(
-  rho: Hyperparameter = 0.1,
+  rho: _hyperparameters.Hyperparameter = 0.1,
   eta: float | jax.Array = 1.0,
-  *,
-  mask: Any = None,
-  axis_name: Any = None,
-  sync_ascent: bool = False,
-  param_specs: Any = None,
-  perturbation_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
+  **options: Unpack[transformation.Options],
+) -> Transformation:
   """Fisher SAM: SAM whose distances are those of a diagonal Fisher metric.
 
   For the gradient ``g`` at the parameters ``w`` it is the gradient at
@@ -218,12 +198,8 @@ def fisher_sam(
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     eta: ``η``, scalar >= 0. 0 is SAM.
-    mask: which leaves are moved and are part of the norm, by default all.
-    axis_name: the mapped axis over which the gradient at the probe is averaged.
-    sync_ascent: whether to average the gradient for the ascent, too.
-    param_specs: the params' ``PartitionSpec``s, if sharded inside ``shard_map``.
-    perturbation_dtype: dtype of the probe, by default that of the params.
-      The last five are those of :func:`sharpness_aware`, which tells more.
+    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
+      ``perturbation_dtype`` of :func:`sharpness_aware`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`.
@@ -247,12 +223,162 @@ def fisher_sam(
     Kim et al., `Fisher SAM: Information Geometry and Sharpness Aware Minimisation
     <https://arxiv.org/abs/2206.04920>`_, 2022
   """
-  return sharpness_aware(
-    diagonal_fisher(eta),
-    rho,
-    mask=mask,
-    axis_name=axis_name,
-    sync_ascent=sync_ascent,
-    param_specs=param_specs,
-    perturbation_dtype=perturbation_dtype,
-  )
+  return transformation.sharpness_aware(metrics.diagonal_fisher(eta), rho, **options)
+
+
+@_method
+def gsam(
+  rho: _hyperparameters.Hyperparameter = 0.05,
+  alpha: float | jax.Array = 0.6,
+  *,
+  metric: metrics.Metric = metrics.euclidean(),
+  **options: Unpack[transformation.Options],
+) -> Transformation:
+  """GSAM: descends the loss at the probe, and closes its gap to the loss at the params.
+
+  With the gradients ``g`` at the parameters and ``g₁`` at the probe it is
+
+      g₁ − α (g − ⟨g, g₁⟩/⟨g₁, g₁⟩ g₁),
+
+  the part of ``g`` that is perpendicular to ``g₁``, subtracted. The authors let ``ρ``
+  follow the learning rate: give it as a schedule.
+
+  Args:
+    rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
+    alpha: ``α``, scalar >= 0: the weight of the gap. 0 is SAM; the authors have 0.6 for
+      ViT-B/32.
+    metric: what uphill means; Euclidean in the paper.
+    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
+      ``perturbation_dtype`` of :func:`sharpness_aware`.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    TypeError: if an argument has the wrong type.
+    ValueError: if a number is negative or not finite, or ``axis_name`` is missing.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from msam_optax import gsam
+    >>> loss = lambda w: jnp.sum(w**2 * jnp.array([1.0, 4.0]))
+    >>> tx = optax.chain(gsam(rho=0.5, alpha=0.6), optax.sgd(0.1))
+    >>> w = jnp.array([0.6, 0.2])
+    >>> updates, state = tx.update(
+    ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+    >>> print(updates)
+    [-0.1484 -0.4918]
+
+  References:
+    Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
+    <https://arxiv.org/abs/2203.08065>`_, 2022
+  """
+  combination = combinations.surrogate_gap(alpha)
+  return transformation.sharpness_aware(metric, rho, combination, **options)
+
+
+@_method
+def wsam(
+  rho: _hyperparameters.Hyperparameter = 0.05,
+  gamma: float | jax.Array = 0.9,
+  *,
+  metric: metrics.Metric = metrics.euclidean(),
+  **options: Unpack[transformation.Options],
+) -> Transformation:
+  """WSAM in its coupled form: sharpness as a term of the loss, with a weight.
+
+  With the gradients ``g`` at the parameters and ``g₁`` at the probe it is
+
+      (1 − a) g + a g₁ = g + a (g₁ − g),     a = γ/(1 − γ).
+
+  ``γ = 0`` is the plain gradient, ``γ = 1/2`` is SAM, and above that the sharpness
+  ``ℓ(w + δ) − ℓ(w)`` counts more than in SAM: at 0.9 nine times as much. The authors'
+  own default is the decoupled form, in which the optimizer sees ``g`` alone and the
+  rest is added to its step.
+
+  Args:
+    rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
+    gamma: ``γ``, scalar, 0 <= γ < 1.
+    metric: what uphill means; Euclidean in the paper.
+    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
+      ``perturbation_dtype`` of :func:`sharpness_aware`.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    TypeError: if an argument has the wrong type.
+    ValueError: if a number is negative or not finite, ``gamma`` is 1 or more, or
+      ``axis_name`` is missing.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from msam_optax import wsam
+    >>> loss = lambda w: jnp.sum(w**2)
+    >>> tx = optax.chain(wsam(rho=0.5, gamma=0.75), optax.sgd(0.1))
+    >>> w = jnp.array([0.3, 0.4])
+    >>> updates, state = tx.update(
+    ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+    >>> print(updates)
+    [-0.24 -0.32]
+
+  References:
+    Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
+    Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023
+  """
+  _hyperparameters.check_number('gamma', gamma)
+  if not isinstance(gamma, jax.core.Tracer) and gamma >= 1:
+    raise ValueError(f'`gamma` must be less than 1, got {gamma!r}: SAM is 0.5.')
+  # With γ not in range at run time the weight is not either, and becomes NaN.
+  combination = combinations.weighted(gamma / (1.0 - gamma))
+  return transformation.sharpness_aware(metric, rho, combination, **options)
+
+
+@_method
+def cr_sam(
+  rho: _hyperparameters.Hyperparameter = 0.1,
+  gamma: float | jax.Array = 0.1,
+  beta: float | jax.Array = 0.01,
+  *,
+  metric: metrics.Metric = metrics.euclidean(),
+  **options: Unpack[transformation.Options],
+) -> Transformation:
+  """CR-SAM: SAM that also lowers the curvature, as seen from both sides of the params.
+
+  With the gradients ``g`` at the parameters ``w``, ``g₊`` at ``w + δ`` and ``g₋`` at
+  ``w − δ``, three in a step, it is
+
+      g₊ + γ (g₊ + g₋ − 2g) + β (g₊ − g₋).
+
+  Args:
+    rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
+    gamma: ``γ``, scalar >= 0: the weight of the second difference.
+    beta: ``β``, scalar >= 0: the weight of the first difference. With both 0 it is SAM.
+    metric: what uphill means; Euclidean in the paper.
+    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
+      ``perturbation_dtype`` of :func:`sharpness_aware`.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    TypeError: if an argument has the wrong type.
+    ValueError: if a number is negative or not finite, or ``axis_name`` is missing.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from msam_optax import cr_sam
+    >>> loss = lambda w: jnp.sum(w**2)
+    >>> tx = optax.chain(cr_sam(rho=0.5, beta=0.1), optax.sgd(0.1))
+    >>> w = jnp.array([0.3, 0.4])
+    >>> updates, state = tx.update(
+    ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+    >>> print(updates)
+    [-0.132 -0.176]
+
+  References:
+    Wu et al., `CR-SAM: Curvature Regularized Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2312.13555>`_, 2023
+  """
+  combination = combinations.curvature(gamma, beta)
+  return transformation.sharpness_aware(metric, rho, combination, **options)

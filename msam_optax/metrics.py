@@ -13,6 +13,7 @@ they neither overflow nor underflow.
 
 from collections.abc import Callable
 import functools
+import inspect
 from typing import Any
 from typing import NamedTuple
 
@@ -20,17 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax.hyperparameters import check_hyperparameter
-from msam_optax.hyperparameters import check_number
-from msam_optax.hyperparameters import Hyperparameter
-from msam_optax.hyperparameters import is_schedule
-from msam_optax.hyperparameters import value_at
-from msam_optax.masks import resolve_mask
-from msam_optax.masks import weights_by_default
-from msam_optax.numerics import is_infinite
-from msam_optax.numerics import normalize
-from msam_optax.numerics import wide_dtype
-from msam_optax.numerics import widen
+from msam_optax import _hyperparameters
+from msam_optax import _masks
+from msam_optax import _numerics
+from msam_optax import spaces
 
 
 class Ascent(NamedTuple):
@@ -54,38 +48,52 @@ class Metric(NamedTuple):
   Attributes:
     init: ``params -> state``. A metric without state returns a tree without
       leaves.
-    ascend: ``(grads, state, params) -> (Ascent, state)``; the direction is zero, not
-      NaN, where the gradient is. If it is to work on
-      parameters that are sharded inside ``shard_map``, it also takes ``param_specs=``,
-      their ``PartitionSpec``s, and sums over the axes that they name.
+    ascend: ``(grads, state, params, *, space, **extra_args) -> (Ascent, state)``; the
+      direction is zero, not NaN, where the whole gradient is. Sums over all leaves are
+      those of ``space``, a :class:`Space`, so that they are right on several devices.
+      The extra arguments are those of ``update`` (whatever the user gives) and two
+      more: ``rho``, the radius of this step, and ``grad_fn``, which returns gradients
+      at other params.
+
+  Both functions see the leaves that are perturbed, and no others: in the place of what
+  ``mask`` leaves out is an ``optax.MaskedNode``. So ``δᵀGδ = ρ²`` for the leaves that
+  move, and a state has nothing of frozen ones. What ``grad_fn`` takes and returns has
+  the same structure.
+
+  Examples:
+    A metric of your own: a matrix for a vector of parameters, and Monge over it.
+
+    >>> import jax.numpy as jnp, optax
+    >>> import msam_optax
+    >>> def quadratic(B):
+    ...   def ascend(grads, state, params, *, space=msam_optax.LOCAL, **extra_args):
+    ...     u = jnp.linalg.solve(B, grads)
+    ...     slope = jnp.sqrt(space.dot(grads, u))
+    ...     is_zero = slope == 0
+    ...     return msam_optax.Ascent(u / jnp.where(is_zero, 1.0, slope), slope), state
+    ...   return msam_optax.Metric(lambda params: optax.EmptyState(), ascend)
+    >>> metric = msam_optax.monge(0.5, base=quadratic(jnp.diag(jnp.array([1.0, 4.0]))))
+    >>> g = jnp.array([1.0, 2.0])
+    >>> ascent, _ = metric.ascend(g, metric.init(g), g)
+    >>> print(ascent.direction, f'{ascent.slope:.4g}')
+    [0.5774 0.2887] 1.155
   """
 
   init: Callable[[Any], Any]
   ascend: Callable[..., tuple[Ascent, Any]]
 
 
-class MongeState(NamedTuple):
-  """State of :func:`monge` where ``alpha`` is a schedule.
-
-  Attributes:
-    count: int32 scalar, the steps so far.
-    base: the base metric's state.
-  """
-
-  count: Any
-  base: Any
-
-
 def _diagonal(scale: Callable[[Any, Any, Any], Any], eta: Any = 0.0) -> Metric:
   """The metric ``G = T⁻²`` for ``T = scale(eta, grads, params)``, without state."""
 
-  def ascend(grads, state, params, *, param_specs=None):
-    dtype = wide_dtype(grads)
-    eta_now = jnp.asarray(value_at('eta', eta), dtype)
+  def ascend(grads, state, params, *, space=spaces.LOCAL, **extra_args):
+    del extra_args
+    dtype = _numerics.wide_dtype(grads)
+    eta_now = jnp.asarray(_hyperparameters.value_at('eta', eta), dtype)
     T = scale(eta_now, grads, params)
     T = jax.tree.map(lambda t: jnp.asarray(t, dtype), T)
     h = jax.tree.map(lambda t, g: t * jnp.asarray(g, dtype), T, grads)
-    unit, norm = normalize(h, param_specs)
+    unit, norm = space.normalize(h)
     # A NaN for eta is seen, where the norm of what is not finite would be zero.
     zero = jnp.where(jnp.isnan(eta_now), eta_now, 0.0)
     direction = jax.tree.map(
@@ -161,9 +169,9 @@ def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
     Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
     Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
   """
-  check_number('eta', eta)
+  _hyperparameters.check_number('eta', eta)
   if weights is None:
-    weights = weights_by_default
+    weights = _masks.weights_by_default
 
   def scale(eta, grads, params):
     del grads
@@ -173,8 +181,10 @@ def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
         ' in `tx.update(grads, state, params)`.'
       )
     return jax.tree.map(
-      lambda is_weight, w: jnp.abs(widen(w)) + widen(eta, like=w) if is_weight else 1.0,
-      resolve_mask(weights, params, name='weights'),
+      lambda is_weight, w: (
+        jnp.abs(_numerics.widen(w)) + _numerics.widen(eta, like=w) if is_weight else 1.0
+      ),
+      _masks.resolve_mask(weights, params, name='weights'),
       params,
     )
 
@@ -209,13 +219,13 @@ def diagonal_fisher(eta: float | jax.Array = 1.0) -> Metric:
     Kim et al., `Fisher SAM: Information Geometry and Sharpness Aware Minimisation
     <https://arxiv.org/abs/2206.04920>`_, 2022
   """
-  check_number('eta', eta)
+  _hyperparameters.check_number('eta', eta)
 
   def of_leaf(eta, g):
-    eta, g = widen(eta, like=g), widen(g)
+    eta, g = _numerics.widen(eta, like=g), _numerics.widen(g)
     # The square does not go by way of √η, which has no derivative at 0.
     root = jnp.sqrt(jax.lax.stop_gradient(eta))
-    return _inverse_hypot(root * g, eta * g * g)
+    return _numerics.inverse_hypot(root * g, eta * g * g)
 
   def scale(eta, grads, params):
     del params
@@ -224,98 +234,21 @@ def diagonal_fisher(eta: float | jax.Array = 1.0) -> Metric:
   return _diagonal(scale, eta)
 
 
-def monge(alpha: Hyperparameter = 1.0, base: Metric = euclidean()) -> Metric:
-  """The Monge metric ``G = B + α² g gᵀ`` over any metric ``B``.
-
-  It is the metric that the graph of the loss, ``{(w, αℓ(w))}``, has as a surface:
-  moving uphill is long, moving along a level set is as long as under ``B``. By
-  Sherman–Morrison its direction and slope are those of the base divided by
-  ``√(1 + α²s²)``, where ``s`` is the base's slope. So over the Euclidean metric
-
-      δ = ρ g / (‖g‖ √(1 + α²‖g‖²)),
-
-  SAM's perturbation where the gradient is small, and ever less where it is large.
-  The slope is less than ``1/α``: **``ρ/α`` is the largest first-order rise of the
-  loss that Monge SAM allows.** ``α = 0`` is the base, and the paper has ``α = 1``.
-
-  Unlike SAM's, this perturbation depends on the scale of the loss: a loss ``c``
-  times as large acts as ``c`` times the ``α``. Average, unscale and reduce
-  gradients before they come here.
-
-  Args:
-    alpha: ``α``, scalar >= 0: a number, an array or an Optax schedule. A schedule
-      is counted in calls and makes the metric one with state.
-    base: the metric ``B``.
-
-  Returns:
-    A :class:`Metric` with the base's state; in a :class:`MongeState` if ``alpha`` is
-    a schedule.
-
-  Raises:
-    ValueError: if ``alpha`` is negative or not finite.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> from msam_optax import monge
-    >>> metric = monge(alpha=1.0)
-    >>> ascent, _ = metric.ascend(jnp.array([0.0, 0.75]), metric.init(None), None)
-    >>> print(ascent.direction, f'{ascent.slope:.4g}')
-    [0.  0.8] 0.6
-
-  References:
-    Jacobsen & Arvanitidis, `Monge SAM: Robust Reparameterization-Invariant
-    Sharpness-Aware Minimization Based on Loss Geometry
-    <https://arxiv.org/abs/2502.08448>`_, 2025
-
-    Hartmann et al., `Lagrangian Manifold Monte Carlo on Monge Patches
-    <https://arxiv.org/abs/2202.00755>`_, 2022
-  """
-  check_hyperparameter('alpha', alpha)
-  check_metric('base', base)
-
-  def init(params):
-    base_state = base.init(params)
-    if is_schedule(alpha):
-      return MongeState(jnp.zeros([], jnp.int32), base_state)
-    return base_state
-
-  def ascend(grads, state, params, **kwargs):
-    if not is_schedule(alpha):
-      ascent, state = base.ascend(grads, state, params, **kwargs)
-      return _add_gradient_outer_product(ascent, value_at('alpha', alpha)), state
-    ascent, base_state = base.ascend(grads, state.base, params, **kwargs)
-    ascent = _add_gradient_outer_product(ascent, value_at('alpha', alpha, state.count))
-    return ascent, MongeState(optax.safe_increment(state.count), base_state)
-
-  return Metric(init, ascend)
-
-
 def check_metric(name: str, metric: Any) -> None:
-  """Raises unless ``metric`` is a :class:`Metric`."""
+  """Raises unless ``metric`` is a :class:`Metric` that can be called as one."""
   if not isinstance(metric, Metric):
     raise TypeError(
       f'`{name}` must be a Metric, such as `monge()` or `euclidean()`, got {metric!r}.'
     )
-
-
-def _inverse_hypot(x, square=None):
-  """``1/√(1 + x²)``, also where ``x²`` overflows; ``square`` may say what ``x²`` is."""
-  largest = 1.0 / jnp.finfo(x.dtype).eps
-  huge = jnp.abs(x) > largest
-  square = jnp.square(jnp.where(huge, 0.0, x)) if square is None else square
-  small = 1.0 / jnp.sqrt(1.0 + jnp.where(huge, 0.0, square))
-  return jnp.where(huge, 1.0 / jnp.where(huge, jnp.abs(x), 1.0), small)
-
-
-def _add_gradient_outer_product(ascent: Ascent, alpha: Any) -> Ascent:
-  s = ascent.slope
-  alpha = widen(alpha, like=s)
-  factor = _inverse_hypot(alpha * s)
-  direction = jax.tree.map(
-    lambda d: (widen(d) * factor.astype(wide_dtype(d))).astype(d.dtype),
-    ascent.direction,
-  )
-  # Where the product is too large for a number, the slope has its limit, 1/α.
-  beyond = is_infinite(alpha * s)
-  limit = 1.0 / jnp.where(beyond, alpha, 1.0)
-  return Ascent(direction, jnp.where(beyond, limit, s * factor))
+  try:
+    inspect.signature(metric.ascend).bind(
+      None, None, None, space=None, rho=None, grad_fn=None
+    )
+  except TypeError as error:
+    raise TypeError(
+      f'The `ascend` of the Metric given as `{name}` cannot be called as one ({error}).'
+      ' Write it as `def ascend(grads, state, params, *, space, **extra_args)`, and'
+      ' sum over leaves by `space.dot` and `space.normalize`.'
+    ) from None
+  except ValueError:  # Some functions have no signature.
+    pass

@@ -19,14 +19,13 @@ import jax
 from jax import flatten_util
 import jax.numpy as jnp
 
-from msam_optax import krylov
-from msam_optax.checks import check_real
-from msam_optax.masks import resolve_mask
-from msam_optax.metrics import Metric
-from msam_optax.numerics import wide_dtype
-from msam_optax.numerics import widen
-from msam_optax.perturbation import ascend
-from msam_optax.perturbation import perturb
+from msam_optax import _checks
+from msam_optax import _krylov
+from msam_optax import _masks
+from msam_optax import _numerics
+from msam_optax import metrics
+from msam_optax import perturbation
+from msam_optax import spaces
 
 Which = Literal['largest', 'smallest']
 
@@ -46,7 +45,7 @@ class Rise(NamedTuple):
 def rise(
   loss: Callable[[Any], Any],
   params: Any,
-  metric: Metric,
+  metric: metrics.Metric,
   rho: float | jax.Array,
   *,
   mask: Any = None,
@@ -78,20 +77,20 @@ def rise(
     >>> print(f'{measured:.2f} {predicted:.2f}')
     1.25 1.00
   """
-  check_real(params)
-  mask = resolve_mask(mask, params)
+  _checks.check_real(params)
+  mask = _masks.resolve_mask(mask, params)
   value, grads = jax.value_and_grad(loss)(params)
-  ascent = _ascent(metric, grads, params, mask)
-  at_probe = loss(perturb(params, ascent, rho, mask=mask))
-  predicted = widen(rho, like=ascent.slope) * ascent.slope
-  return Rise(widen(at_probe) - widen(value), predicted)
+  ascent = _ascent(metric, grads, params, mask, rho, jax.grad(loss))
+  at_probe = loss(perturbation.perturb(params, ascent, rho, mask=mask))
+  predicted = _numerics.widen(rho, like=ascent.slope) * ascent.slope
+  return Rise(_numerics.widen(at_probe) - _numerics.widen(value), predicted)
 
 
 def mean_rise(
   loss: Callable[[Any, Any], Any],
   params: Any,
   shards: Any,
-  metric: Metric,
+  metric: metrics.Metric,
   rho: float | jax.Array,
   *,
   mask: Any = None,
@@ -125,8 +124,8 @@ def mean_rise(
     1.25
   """
 
-  check_real(params)
-  mask = resolve_mask(mask, params)
+  _checks.check_real(params)
+  mask = _masks.resolve_mask(mask, params)
 
   def of_shard(shard):
     return rise(lambda p: loss(p, shard), params, metric, rho, mask=mask)
@@ -223,17 +222,17 @@ def hessian_eigenvalues(
   """
   w, hvp = _hessian(loss, params)
   _check_selection(k, which, w.size)
-  steps = max(krylov.STEPS, 4 * k)
+  steps = max(_krylov.STEPS, 4 * k)
   if w.size > steps:
-    return krylov.outermost_eigenvalues(hvp, w, k, steps, key, which, symmetric=True)
-  values = krylov.dense_eigenvalues(hvp, w, symmetric=True)
+    return _krylov.outermost_eigenvalues(hvp, w, k, steps, key, which, symmetric=True)
+  values = _krylov.dense_eigenvalues(hvp, w, symmetric=True)
   return values[:k] if which == 'smallest' else values[::-1][:k]
 
 
 def stability(
   loss: Callable[[Any], Any],
   params: Any,
-  metric: Metric,
+  metric: metrics.Metric,
   rho: float | jax.Array,
   *,
   mask: Any = None,
@@ -294,16 +293,17 @@ def stability(
     <https://arxiv.org/abs/2502.08448>`_, 2025
   """
   w, unravel = _flat(params)
-  mask = resolve_mask(mask, params)
+  mask = _masks.resolve_mask(mask, params)
 
   def gradient(w):
     return jax.grad(lambda v: loss(unravel(v)))(w)
 
   def direction(g, w):
     # The metric sees the tree: which leaves are weights, say, depends on it.
-    return _flat(_ascent(metric, unravel(g), unravel(w), mask).direction)[0]
+    ascent = _ascent(metric, unravel(g), unravel(w), mask, rho, jax.grad(loss))
+    return _flat(ascent.direction)[0]
 
-  rho = widen(rho, like=w)
+  rho = _numerics.widen(rho, like=w)
   g = gradient(w)
   probe = w + rho * direction(g, w)
   if fixed_radius:
@@ -317,34 +317,44 @@ def stability(
     return jax.jvp(gradient, (probe,), (moved,))[1]
 
   if k is None:
-    return krylov.dense_eigenvalues(matvec, w, symmetric=False)
+    return _krylov.dense_eigenvalues(matvec, w, symmetric=False)
   _check_selection(k, which, w.size)
   if key is None:
     raise ValueError('`k` eigenvalues are found from a random start: give `key`.')
-  steps = max(krylov.STEPS, 4 * k)
+  steps = max(_krylov.STEPS, 4 * k)
   if w.size > steps:
-    values = krylov.outermost_eigenvalues(
+    values = _krylov.outermost_eigenvalues(
       matvec, w, k, steps, key, which, symmetric=False
     )
     return values if which == 'smallest' else values[::-1]
-  values = krylov.dense_eigenvalues(matvec, w, symmetric=False)
+  values = _krylov.dense_eigenvalues(matvec, w, symmetric=False)
   return values[:k] if which == 'smallest' else values[-k:]
 
 
-def _ascent(metric, grads, params, mask):
-  return ascend(metric, grads, metric.init(params), params, mask=mask)[0]
+def _ascent(metric, grads, params, mask, rho, grad_fn):
+  """The ascent over the leaves of a mask, with a direction of zero in all others."""
+  state = metric.init(_masks.restrict(params, mask))
+  on_perturbed = lambda v: _masks.restrict(
+    grad_fn(_masks.extend(v, mask, params)), mask
+  )
+  extra_args = {'space': spaces.LOCAL, 'rho': rho, 'grad_fn': on_perturbed}
+  ascent, _ = perturbation.ascend(
+    metric, grads, state, params, mask=mask, extra_args=extra_args
+  )
+  zeros = jax.tree.map(jnp.zeros_like, grads)
+  return ascent._replace(direction=_masks.extend(ascent.direction, mask, zeros))
 
 
 def _flat(params):
   """The parameters as one vector, float32 or wider, and the way back."""
-  check_real(params)
-  dtype = wide_dtype(params)
+  _checks.check_real(params)
+  dtype = _numerics.wide_dtype(params)
   vector, unravel = flatten_util.ravel_pytree(
     jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
   )
 
   def restore(v):
-    return jax.tree.map(lambda x, p: widen(x, like=p), unravel(v), params)
+    return jax.tree.map(lambda x, p: _numerics.widen(x, like=p), unravel(v), params)
 
   return jnp.asarray(vector, dtype), restore
 

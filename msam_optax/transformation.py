@@ -1,52 +1,39 @@
 """The two-pass method as an Optax transformation."""
 
 import functools
-import operator
 from typing import Any
 from typing import NamedTuple
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from msam_optax.checks import check_admits
-from msam_optax.checks import check_arrays
-from msam_optax.checks import check_averaged
-from msam_optax.checks import check_axes
-from msam_optax.checks import check_axis_name
-from msam_optax.checks import check_first
-from msam_optax.checks import check_like
-from msam_optax.checks import check_params
-from msam_optax.checks import check_probe
-from msam_optax.checks import check_sharded
-from msam_optax.checks import check_unmasked
-from msam_optax.checks import check_varying
-from msam_optax.checks import pair_hint
-from msam_optax.evaluation import evaluation
-from msam_optax.hyperparameters import check_hyperparameter
-from msam_optax.hyperparameters import Hyperparameter
-from msam_optax.hyperparameters import value_at
-from msam_optax.masks import admitted
-from msam_optax.masks import fill
-from msam_optax.masks import has_leaf
-from msam_optax.masks import leave_out
-from msam_optax.masks import resolve_mask
-from msam_optax.metrics import check_metric
-from msam_optax.metrics import Metric
-from msam_optax.numerics import wide_dtype
-from msam_optax.numerics import widen
-from msam_optax.perturbation import ascend
-from msam_optax.perturbation import distance
-from msam_optax.perturbation import expected_size
-from msam_optax.perturbation import magnitudes_of
-from msam_optax.perturbation import perturb
-from msam_optax.perturbation import settle
-from msam_optax.reductions import all_finite
-from msam_optax.reductions import mean
+from msam_optax import _checks
+from msam_optax import _devices
+from msam_optax import _evaluation
+from msam_optax import _hyperparameters
+from msam_optax import _masks
+from msam_optax import _numerics
+from msam_optax import _passes
+from msam_optax import combinations
+from msam_optax import metrics
+from msam_optax import perturbation
+from msam_optax import spaces
+
+
+class Options(TypedDict, total=False):
+  """The keyword arguments of :func:`sharpness_aware`, which every method takes."""
+
+  mask: Any
+  axis_name: Any
+  sync_ascent: bool
+  param_specs: Any
+  perturbation_dtype: Any
 
 
 class SharpnessAwareState(NamedTuple):
-  """State of :func:`sharpness_aware`; all but ``metric_state`` are scalars.
+  """State of :func:`sharpness_aware`; all but the last two are scalars.
 
   Read it with ``optax.tree.get(opt_state, 'slope')``. The floats are float32, or
   float64 if a parameter is; zero before the first step, and where not recorded.
@@ -62,7 +49,8 @@ class SharpnessAwareState(NamedTuple):
     finite: bool, whether the update is finite, so the gradient at the params and the
       one at the probe; True before the first step. (Inside ``optax.MultiSteps`` it is
       that of the last step that was taken: put the method before it in a chain.)
-    metric_state: the metric's own state.
+    metric_state: the metric's own state, of the leaves that are perturbed.
+    combination_state: the combination's own state.
   """
 
   count: Any
@@ -72,11 +60,16 @@ class SharpnessAwareState(NamedTuple):
   rise: jax.Array
   finite: jax.Array
   metric_state: Any
+  combination_state: Any
+
+
+_SCALARS = ('slope', 'radius', 'probe_value', 'rise')
 
 
 def sharpness_aware(
-  metric: Metric,
-  rho: Hyperparameter,
+  metric: metrics.Metric,
+  rho: _hyperparameters.Hyperparameter,
+  combination: combinations.Combination = combinations.probe_gradient(),
   *,
   mask: Any = None,
   axis_name: Any = None,
@@ -118,6 +111,8 @@ def sharpness_aware(
     metric: what uphill means, e.g. ``monge()`` or ``euclidean()``.
     rho: ``ρ``, the radius, scalar >= 0: a number, an array, or an Optax schedule,
       counted in calls of ``update``.
+    combination: what is made of the gradients that the step has seen, e.g.
+      ``surrogate_gap(0.6)``; by default the gradient at the probe.
     mask: which leaves are moved and are part of the norm, in Optax's convention: a
       tree of bools like the params (or a prefix of it), or a function from params
       to one. By default all; they must be real floating point.
@@ -159,9 +154,10 @@ def sharpness_aware(
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  check_metric('metric', metric)
-  check_hyperparameter('rho', rho)
-  check_axis_name(axis_name)
+  metrics.check_metric('metric', metric)
+  _hyperparameters.check_hyperparameter('rho', rho)
+  combinations.check_combination(combination)
+  _devices.check_axis_name(axis_name)
   if sync_ascent and axis_name is None:
     raise ValueError(
       '`sync_ascent=True` averages the ascent gradient over a mapped axis: name'
@@ -169,24 +165,32 @@ def sharpness_aware(
     )
   _check_dtype(perturbation_dtype)
 
-  average = functools.partial(mean, axis_name=axis_name)
+  setting = _passes.Setting(
+    metric, rho, combination, mask, param_specs, perturbation_dtype
+  )
+  average = functools.partial(spaces.mean, axis_name=axis_name)
+  ascent_mean = average if sync_ascent else lambda grads: grads
 
   def init(params):
     params = _fast(params)
-    check_unmasked(params)
-    check_arrays(params)
+    _checks.check_unmasked(params)
+    _checks.check_arrays(params)
+    perturbed = params
     # optax.tree.map_params calls with a stand-in without leaves.
     if jax.tree.leaves(params):
-      moved = admitted(mask, params)
-      check_admits(moved)
-      check_params(params, moved)
+      chosen = _masks.perturbed(mask, params)
+      _checks.check_any(chosen)
+      _checks.check_params(params, chosen)
+      perturbed = _masks.restrict(params, chosen)
+    has_gradient = _masks.trained(params)
     # Four arrays, not four times one: a donated buffer may be given only once.
-    zeros = [jnp.zeros([], wide_dtype(params)) for _ in range(4)]
+    zeros = [jnp.zeros([], _numerics.wide_dtype(params)) for _ in range(4)]
     return SharpnessAwareState(
       jnp.zeros([], jnp.int32),
       *zeros,
       finite=jnp.ones([], bool),
-      metric_state=metric.init(params),
+      metric_state=metric.init(perturbed),
+      combination_state=combination.init(_masks.restrict_to_real(params, has_gradient)),
     )
 
   def update(
@@ -199,60 +203,75 @@ def sharpness_aware(
     value=None,
     **extra_args,
   ):
-    evaluate = evaluation(grad_fn, value_and_grad_fn, extra_args)
+    evaluate = _evaluation.evaluation(grad_fn, value_and_grad_fn, extra_args)
     params = _fast(params)
     _check_inputs(updates, params, extra_args)
-    present = has_leaf(updates, params)
-    updates = fill(updates, present, params)
-    moved = jax.tree.map(operator.and_, admitted(mask, params), present)
-    check_admits(moved)
-    check_axes(params, param_specs, axis_name)
-    check_averaged(params, axis_name)
-    check_varying(updates, axis_name)
-    check_sharded(updates, param_specs, moved)
-    w = _cast(params, perturbation_dtype, moved)
-    g = _cast(updates, perturbation_dtype, moved)
-    ascent, metric_state = ascend(
-      metric,
-      average(g) if sync_ascent else g,
-      state.metric_state,
-      w,
-      mask=moved,
-      param_specs=param_specs,
-    )
-    radius_now = value_at('rho', rho, state.count)
-    probe = perturb(w, ascent, radius_now, mask=moved)
-    check_probe(probe, params, updates)
-    probe_value, probe_grads = evaluate(
-      probe, leave_out(g, present), dtypes=perturbation_dtype is None
-    )
-    probe_grads = fill(probe_grads, present, params)
-    magnitudes = magnitudes_of(updates, param_specs)
-    size = expected_size(radius_now, ascent, magnitudes, moved)
-    radius = distance(probe, w, size, mask=moved, param_specs=param_specs)
-    new_updates = settle(probe_grads, updates, magnitudes, radius, average)
-    scalars = {
-      'slope': ascent.slope,
-      'radius': radius,
-      'probe_value': probe_value,
-      'rise': _rise(value, probe_value),
-    }
+    _devices.check_axes(params, param_specs, axis_name)
+    _checks.check_averaged(params, axis_name)
+    begin = _passes.start(updates, params, setting)
+    _devices.check_varying(begin.grads, axis_name)
+    begin = begin._replace(grads=ascent_mean(begin.grads))
+    averaged = begin.grads if sync_ascent else ()
+    space = spaces.over(axis_name, param_specs, averaged=averaged)
+    like = _masks.fill(updates, begin.present, params)
+    wanted = _masks.leave_out(begin.grads, begin.present)
+
+    def combine(*probe_grads):
+      grads, combination_state = (
+        (begin.grads, *probe_grads),
+        state.combination_state,
+      )
+      return _passes.combine(
+        grads, combination_state, space, setting, like=like, params=params
+      )
+
+    def with_probes():
+      probes = _passes.at_probes(
+        begin,
+        lambda probe: evaluate(probe, wanted, dtypes=perturbation_dtype is None),
+        setting,
+        metric_state=state.metric_state,
+        count=state.count,
+        average=ascent_mean,
+        extra_args=extra_args if value is None else {**extra_args, 'value': value},
+      )
+      recorded = {
+        'slope': probes.slope,
+        'radius': probes.radius,
+        'probe_value': probes.value,
+        'rise': _rise(value, probes.value),
+      }
+      scalars = {
+        name: _record(average(x), like=getattr(state, name))
+        for name, x in recorded.items()
+      }
+      return *combine(*probes.grads), probes.metric_state, scalars
+
+    def without_probes():
+      scalars = {name: _record(None, like=getattr(state, name)) for name in _SCALARS}
+      return *combine(), state.metric_state, scalars
+
+    if combination.due is None:
+      results = with_probes()
+    else:
+      gradient = _masks.restrict_to_real(begin.grads, _masks.trained(params))
+      due = combination.due(gradient, state.combination_state, space)
+      results = jax.lax.cond(due, with_probes, without_probes)
+    new_updates, combination_state, metric_state, scalars = results
     new_state = SharpnessAwareState(
       count=optax.safe_increment(state.count),
-      finite=all_finite(new_updates, param_specs),
+      finite=spaces.all_finite(new_updates, param_specs),
       metric_state=metric_state,
-      **{
-        name: _record(average(new), like=getattr(state, name))
-        for name, new in scalars.items()
-      },
+      combination_state=combination_state,
+      **scalars,
     )
-    return leave_out(new_updates, present), new_state
+    return _masks.leave_out(new_updates, begin.present), new_state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
 def normalize_by(
-  metric: Metric, *, param_specs: Any = None
+  metric: metrics.Metric, *, param_specs: Any = None
 ) -> optax.GradientTransformation:
   """The ascent direction ``G⁻¹g/√(gᵀG⁻¹g)`` as a plain transformation.
 
@@ -278,22 +297,27 @@ def normalize_by(
     >>> print(tx.update(g, tx.init(g), g)[0])
     [0.  0.8]
   """
-  check_metric('metric', metric)
+  metrics.check_metric('metric', metric)
 
   def init(params):
-    return metric.init(params)
+    if not jax.tree.leaves(params):
+      return metric.init(params)
+    return metric.init(_masks.restrict(params, _masks.perturbed(None, params)))
 
   def update(updates, state, params=None):
-    check_sharded(updates, param_specs, resolve_mask(None, updates))
-    ascent, state = ascend(
+    every = _masks.resolve_mask(None, updates)
+    _devices.check_sharded(updates, param_specs, every)
+    perturbed = _masks.perturbed(None, updates)
+    ascent, state = perturbation.ascend(
       metric,
       updates,
       state,
       params,
-      mask=admitted(None, updates),
-      param_specs=param_specs,
+      mask=perturbed,
+      extra_args={'space': spaces.over(None, param_specs)},
     )
-    return ascent.direction, state
+    zeros = jax.tree.map(jnp.zeros_like, updates)
+    return _masks.extend(ascent.direction, perturbed, zeros), state
 
   return optax.GradientTransformation(init, update)
 
@@ -309,12 +333,14 @@ def _check_inputs(grads, params, extra_args):
       'A sharpness-aware transformation perturbs the parameters and needs them:'
       ' `tx.update(grads, state, params, grad_fn=grad_fn)`.'
     )
-  check_unmasked(params)
-  check_arrays(params)
+  _checks.check_unmasked(params)
+  _checks.check_arrays(params)
   what = 'The gradients given to `update` must be like the params'
-  expected = leave_out(params, has_leaf(grads, params))
-  check_like(grads, expected, what=pair_hint(grads, params) + what, dtypes=False)
-  check_first(grads, extra_args.get('grad'))
+  expected = _masks.leave_out(params, _masks.has_leaf(grads, params))
+  _checks.check_like(
+    grads, expected, what=_checks.pair_hint(grads, params) + what, dtypes=False
+  )
+  _checks.check_first(grads, extra_args.get('grad'))
 
 
 def _check_dtype(dtype):
@@ -327,14 +353,6 @@ def _check_dtype(dtype):
     raise TypeError(f'`perturbation_dtype` must be a floating dtype, got {dtype}.')
 
 
-def _cast(tree, dtype, admitted):
-  if dtype is None:
-    return tree
-  return jax.tree.map(
-    lambda cast, x: jnp.asarray(x, dtype) if cast else x, admitted, tree
-  )
-
-
 def _rise(value, probe_value):
   if value is None or probe_value is None:
     return None
@@ -343,7 +361,7 @@ def _rise(value, probe_value):
       '`value`, the loss at the params, must be a scalar, got shape'
       f' {jnp.shape(value)}.'
     )
-  return widen(probe_value, like=(value, probe_value)) - widen(
+  return _numerics.widen(probe_value, like=(value, probe_value)) - _numerics.widen(
     value, like=(value, probe_value)
   )
 

@@ -317,7 +317,7 @@ def test_functions_under_inject_hyperparams_without_static_args():
     make(mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)).init(PARAMS)
   with pytest.raises(TypeError, match='in `static_args`, or write it as a string'):
     make(perturbation_dtype=jnp.float32).init(PARAMS)
-  with pytest.raises(ValueError, match='admits no leaf'):
+  with pytest.raises(ValueError, match='selects no leaf'):
     msam(mask={'a': False, 'b': False}).init(PARAMS)
 
 

@@ -215,7 +215,7 @@ def test_parameters_may_be_a_function(name, options):
 @pytest.mark.parametrize('options', MODES, ids=str)
 def test_data_may_be_a_function(options):
   """A frozen model beside the parameters, whole or in parts."""
-  frozen = Scale(jnp.array([1.0, 3.0, 1.0, 3.0]))
+  frozen = Scale(jnp.array([1.0, 1.0, 3.0, 3.0]))
   loss_fn = lambda w, f: jnp.mean(f(w) ** 2)
   _, grad = msam_optax.value_and_grad(loss_fn, rho=0.3, **options)(
     jnp.float32(0.5), frozen

@@ -135,7 +135,7 @@ def chart(v):
 def pulled_back(chart):
   """The Euclidean metric of ``w = chart(v)`` as a metric of ``v``, by dense algebra."""
 
-  def solve(grads, state, params):
+  def solve(grads, state, params, **extra_args):
     J = jax.jacobian(chart)(params)
     u = jnp.linalg.solve(J.T @ J, grads)
     s = jnp.sqrt(grads @ u)

@@ -264,7 +264,7 @@ def test_metric_of_ones_own_can_be_a_base():
   root = rng.normal(size=(4, 4))
   B, g = root @ root.T + np.eye(4), rng.normal(size=4)
 
-  def solve(grads, state, params):
+  def solve(grads, state, params, **extra_args):
     u = jnp.linalg.solve(jnp.asarray(B), grads)
     s = jnp.sqrt(grads @ u)
     return type(ascend(euclidean(), grads))(u / s, s), state

@@ -20,7 +20,8 @@ from msam_optax import euclidean
 from msam_optax import fisher_sam
 from msam_optax import monge
 from msam_optax import msam
-from msam_optax import numerics
+from msam_optax import _numerics
+from msam_optax import spaces
 from msam_optax import sam
 
 
@@ -479,7 +480,7 @@ def test_gradients_next_to_the_largest_number_keep_their_direction(wide, jitted,
   del x64
   dtype, exponent = (jnp.float64, 1023) if wide else (jnp.float32, 127)
   finfo = jnp.finfo(dtype)
-  call = jax.jit(numerics.normalize) if jitted else numerics.normalize
+  call = jax.jit(spaces.normalize) if jitted else spaces.normalize
   sizes = [2.0**exponent, 2.0 ** (exponent - 1), 1.1 * 2.0 ** (exponent - 1)]
   for size in [*sizes, 4 * float(finfo.tiny)]:
     unit, norm = call(jnp.asarray([0.75 * size, -size], dtype))
@@ -593,6 +594,6 @@ def test_what_is_zero_where_all_is_well_is_nan_where_not():
     lambda x, zero: (x + x * zero) / x,
     lambda x, zero: jnp.where(zero == 0, x, zero),
   ):
-    run = jax.jit(lambda x, good, act=act: act(x, numerics.zero_if(good, jnp.float32)))
+    run = jax.jit(lambda x, good, act=act: act(x, _numerics.zero_if(good, jnp.float32)))
     assert np.isnan(run(jnp.float32(65536.0), jnp.array(False)))
     assert np.isfinite(run(jnp.float32(65536.0), jnp.array(True)))

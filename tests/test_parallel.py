@@ -420,10 +420,10 @@ def test_a_leaf_that_is_missing_in_the_specs_is_named(door):
     tensor_parallel(door, specs)
 
 
-def test_a_metric_that_knows_no_specs_is_told_so():
+def test_a_metric_that_knows_no_space_is_told_so():
   base = msam_optax.euclidean()
   metric = msam_optax.Metric(base.init, lambda g, state, params: (None, state))
-  with pytest.raises(TypeError, match=r'must take `ascend\(.*, \*, param_specs\)`'):
+  with pytest.raises(TypeError, match=r'def ascend\(grads, state, params, \*, space, '):
     tensor_parallel('drop-in', TENSOR_PARALLEL, metric=metric)
 
 

@@ -19,8 +19,8 @@ from msam_optax import flax_linen
 from msam_optax import msam
 from msam_optax import sam
 from msam_optax import sharpness
-from msam_optax.compat import vary
-from msam_optax.masks import weights_by_default
+from msam_optax._devices import as_varying
+from msam_optax._masks import weights_by_default
 from tests import by_hand
 
 
@@ -374,7 +374,7 @@ def test_missing_gradients_in_a_checked_shard_map():
   tx = sam(0.5, axis_name='i')
 
   def step(params, scale):
-    params = jax.tree.map(lambda w: vary(w, frozenset('i')), params)
+    params = jax.tree.map(lambda w: as_varying(w, frozenset('i')), params)
     grad_fn = lambda p: {'a': p['a'] * scale[0], 'f': None}
     return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]['a']
 

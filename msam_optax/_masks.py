@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+
+from msam_optax import _numerics
 
 # Flax's collection of FP8 scaling factors: what stands in the place of their gradients
 # is the new values, by which they are overwritten.
@@ -46,7 +50,7 @@ def by_name(*names: str) -> Callable[[Any], Any]:
       raise TypeError(f'by_name takes names, each a string, got {name!r}.')
 
   def mask(params):
-    found = {name for path, _ in _leaves(params) for name in path_names(path)}
+    found = {name for path in _paths(params) for name in path_names(path)}
     if missing := sorted(set(names) - found):
       raise ValueError(
         f'by_name{names}: nothing in the parameters is called {missing}. The names on'
@@ -134,22 +138,66 @@ def resolve_mask(mask: Any, params: Any, *, name: str = 'mask') -> Any:
     ) from error
 
 
-def admitted(mask: Any, params: Any) -> Any:
-  """Which leaves are moved: those of a mask that are parameters at all.
+def perturbed(mask: Any, params: Any) -> Any:
+  """Which leaves are perturbed: those of a mask that are parameters at all.
 
   Args:
     mask: see :func:`resolve_mask`.
     params: the parameters, among which may be Flax's FP8 scaling factors, which a
-      "gradient" overwrites and no optimizer moves.
+      "gradient" overwrites and no optimizer changes.
 
   Returns:
     A tree of bools with the structure of ``params``.
   """
   return jax.tree.map(
-    lambda admitted, replaced: admitted and not replaced,
+    lambda chosen, replaced: chosen and not replaced,
     resolve_mask(mask, params),
     overwritten(params),
   )
+
+
+def restrict(tree: Any, mask: Any) -> Any:
+  """The sub-tree that a mask selects, as ``optax.masked`` shows it.
+
+  Args:
+    tree: pytree.
+    mask: tree of bools with its structure.
+
+  Returns:
+    The tree with an ``optax.MaskedNode``, which has no leaves, for all others.
+  """
+  return jax.tree.map(lambda keep, x: x if keep else optax.MaskedNode(), mask, tree)
+
+
+class Complex(NamedTuple):
+  """A complex array as two real ones, so that sums of products are those of lengths."""
+
+  real: Any
+  imag: Any
+
+
+def trained(params: Any) -> Any:
+  """Which leaves have gradients: floating point or complex, and not overwritten."""
+  return jax.tree.map(
+    lambda w, replaced: _numerics.is_inexact(w) and not replaced,
+    params,
+    overwritten(params),
+  )
+
+
+def restrict_to_real(tree: Any, mask: Any) -> Any:
+  """The sub-tree that a mask selects, with a :class:`Complex` for a complex leaf."""
+
+  def of_leaf(x):
+    is_complex = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+    return Complex(jnp.real(x), jnp.imag(x)) if is_complex else x
+
+  return jax.tree.map(of_leaf, restrict(tree, mask))
+
+
+def extend(subtree: Any, mask: Any, tree: Any) -> Any:
+  """The inverse of :func:`restrict`: the other leaves are those of ``tree``."""
+  return jax.tree.map(lambda keep, x, y: x if keep else y, mask, subtree, tree)
 
 
 def overwritten(params: Any) -> Any:
@@ -203,3 +251,10 @@ def _is_function(mask):
 
 def _leaves(tree):
   return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _paths(params):
+  """Those of all leaves, also of leaves that a mask has taken away."""
+  is_masked = lambda x: isinstance(x, optax.MaskedNode)
+  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_masked)
+  return [path for path, _ in leaves]

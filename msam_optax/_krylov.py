@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from msam_optax.numerics import zero_if
+from msam_optax import _numerics
 
 # The dimensions of a Krylov space, and how often it is restarted at most; a problem
 # that has no more dimensions is solved densely.
@@ -41,7 +41,7 @@ def dense_eigenvalues(
     values = jnp.linalg.eigvalsh(matrix / scale)
   else:
     values = jnp.sort(jnp.real(jnp.linalg.eigvals(matrix / scale)))
-  return scale * values + zero_if(finite, values.dtype)
+  return scale * values + _numerics.zero_if(finite, values.dtype)
 
 
 class _Space(NamedTuple):
@@ -153,7 +153,7 @@ def outermost_eigenvalues(
     return _restart(space, keys[1], symmetric)
 
   space = jax.lax.while_loop(unfinished, cycle, space)
-  return sign * scale * (space.found + zero_if(space.good, like.dtype))
+  return sign * scale * (space.found + _numerics.zero_if(space.good, like.dtype))
 
 
 def _scale(x):
@@ -200,7 +200,7 @@ def _restart(space, key, symmetric):
   # Some solvers answer with numbers where there are none.
   finite = jnp.all(jnp.isfinite(space.small))
   ritz = _ritz(jnp.where(finite, square, 0.0), last, symmetric)
-  ritz = ritz._replace(residuals=ritz.residuals + zero_if(finite, dtype))
+  ritz = ritz._replace(residuals=ritz.residuals + _numerics.zero_if(finite, dtype))
 
   # The smallest of all, the locked ones included, whose residuals are rounding errors.
   unused = jnp.arange(slots) >= space.locked_count

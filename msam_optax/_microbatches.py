@@ -1,4 +1,4 @@
-"""Means of gradients over parts of a batch: micro-batches here, and other devices."""
+"""Micro-batches: a batch cut into equal ones, and the means over them."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -8,54 +8,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from msam_optax.checks import check_varying
-from msam_optax.compat import vary
-from msam_optax.compat import varying_axes
-from msam_optax.losses import divisor
-from msam_optax.losses import Output
-from msam_optax.losses import Pass
-from msam_optax.masks import at_path
-from msam_optax.numerics import widen
+from msam_optax import _devices
+from msam_optax import _losses
+from msam_optax import _masks
+from msam_optax import _numerics
 
 
-def mean_over_devices(grads: Any, weight: Any, axis_name: Any) -> Any:
-  """The mean of gradients over a mapped axis, if there is one.
-
-  Args:
-    grads: pytree, on each device the gradient of the mean over its part.
-    weight: scalar, what the part weighs; None if all parts weigh the same.
-    axis_name: the mapped axis or axes, or None.
-
-  Returns:
-    A pytree like ``grads``.
-  """
-  if axis_name is None:
-    return grads
-  check_varying(grads, axis_name)
-  if weight is None:
-    return jax.lax.pmean(grads, axis_name)
-  sums = jax.lax.psum(_times(divisor(weight), grads), axis_name)
-  return _over(sums, divisor(jax.lax.psum(weight, axis_name)))
-
-
-def over_shards(
-  one_pass: Pass,
+def over_microbatches(
+  one_pass: _losses.Pass,
   *,
   shards: int | None,
+  gradients: int = 1,
   argnums: int | Sequence[int],
   data_argnums: int | Sequence[int] | None,
   data_argnames: str | Sequence[str],
   vectorize: bool,
-) -> Pass:
+) -> _losses.Pass:
   """The same pass, with its values and gradients averaged over micro-batches.
 
   Args:
-    one_pass: ``(*args, **kwargs) -> (Output, grads)``.
+    one_pass: ``(*args, **kwargs) -> (Output, grads)``, the latter a tuple.
     shards: how many micro-batches; None leaves the function as it is.
+    gradients: how many gradients are in the tuple.
     argnums: which positional arguments are parameters, and are not split.
     data_argnums: which are split; by default the one that there is.
     data_argnames: which keyword arguments are.
@@ -81,21 +58,23 @@ def over_shards(
       output, grads = one_pass(*whole, **{**kwargs, **named})
       if output.weight is None:
         return output, grads
-      return output, _times(divisor(output.weight), grads)
+      return output, _numerics.multiply(_numerics.divisor(output.weight), grads)
 
     if vectorize:
       outputs, grads = jax.vmap(one)(parts)
-      sums = jax.tree.map(lambda g: jnp.sum(widen(g), axis=0), grads)
+      sums = jax.tree.map(lambda g: jnp.sum(_numerics.widen(g), axis=0), grads)
     else:
       params = [args[i] for i in params_at]
       like = tuple(params) if isinstance(argnums, Sequence) else params[0]
-      outputs, sums = _accumulate(one, parts, like)
+      outputs, sums = _accumulate(one, parts, (like,) * gradients)
     if outputs.weight is None:
       value, weight = jnp.mean(outputs.value), None
     else:
       value, weight = jnp.sum(outputs.value), jnp.sum(outputs.weight)
-    grads = _over(sums, shards if weight is None else divisor(weight))
-    return Output(value, weight, outputs.aux), grads
+    grads = _numerics.divide(
+      sums, shards if weight is None else _numerics.divisor(weight)
+    )
+    return _losses.Output(value, weight, outputs.aux), grads
 
   return averaged
 
@@ -172,7 +151,7 @@ def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]
   length = leaves[rows[0]][1].shape[0]
   for path, x in (leaves[i] for i in rows):
     if x.shape[0] != length or length % shards:
-      where = at_path(path[1:])  # What comes before is positional, or keyword.
+      where = _masks.at_path(path[1:])  # What comes before is positional, or keyword.
       raise ValueError(
         f'The data {where} has shape {x.shape}: its first axis cannot be split with'
         f' the others, of length {length}, into {shards} equal shards. `shards` cuts'
@@ -209,41 +188,40 @@ def zeros_like(params: Any, summed_over: Any = ()) -> Any:
   names = summed_over if isinstance(summed_over, tuple) else (summed_over,)
 
   def zeros(w):
-    varying = varying_axes(w)
+    varying = _devices.varying_axes(w)
     summed = not varying.isdisjoint(names)
     zero = jnp.zeros(w.shape, w.dtype) if summed else jnp.zeros_like(w)
-    lies = explicit_sharding(w)
-    if lies is not None:
+    sharding = _devices.explicit_sharding(w)
+    if sharding is not None:
       # What a loop closes over, and is no tracer, would lose it.
-      zero = jax.sharding.reshard(zero, lies)
-    return vary(zero, varying - set(names)) if summed else zero
+      zero = jax.sharding.reshard(zero, sharding)
+    return _devices.as_varying(zero, varying - set(names)) if summed else zero
 
   return jax.tree.map(zeros, params)
 
 
-def explicit_sharding(x: Any) -> NamedSharding | None:
-  """How an array lies over devices, where JAX has that as a part of its type."""
-  lies = jax.typeof(x).sharding
-  return lies if any(getattr(lies, 'spec', ())) else None
-
-
 def _cut(x, shards):
-  """``[n, ...]`` as ``[shards, n / shards, ...]``; each part lies as the whole did."""
+  """``[n, ...]`` as ``[shards, n / shards, ...]``: row ``i`` in number ``i % shards``.
+
+  Each is spread over devices as the whole was, and no row moves to another device.
+  """
   rows = x.shape[0] // shards
-  shape = (shards, rows, *x.shape[1:])
-  lies = explicit_sharding(x)
-  if lies is None:
-    return jnp.reshape(x, shape)
-  names = lies.spec[0] if isinstance(lies.spec[0], tuple) else (lies.spec[0],)
-  devices = math.prod(lies.mesh.shape[name] for name in names if name is not None)
+  shape = (rows, shards, *x.shape[1:])
+  sharding = _devices.explicit_sharding(x)
+  if sharding is None:
+    return jnp.swapaxes(jnp.reshape(x, shape), 0, 1)
+  names = sharding.spec[0]
+  names = names if isinstance(names, tuple) else (names,)
+  devices = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
   if rows % devices:
     raise ValueError(
-      f'The {x.shape[0]} rows of a batch that lies over {devices} devices cannot be cut'
-      f' into {shards} shards that do, too: the rows of a shard, here {rows}, must be a'
-      f' multiple of {devices}.'
+      f'The {x.shape[0]} rows of a batch on {devices} devices cannot be cut into'
+      f' {shards} shards that are on all of them: a shard has {rows} rows, and must'
+      f' have a multiple of {devices}.'
     )
-  lies = lies.update(spec=PartitionSpec(None, *lies.spec))
-  return jax.lax.reshape(x, shape, out_sharding=lies)
+  first, *others = sharding.spec
+  sharding = sharding.update(spec=PartitionSpec(first, None, *others))
+  return jnp.swapaxes(jax.lax.reshape(x, shape, out_sharding=sharding), 0, 1)
 
 
 def _data(args, kwargs, params_at, argnums, argnames):
@@ -299,16 +277,6 @@ def _shapes(leaves):
   return ', '.join(shapes[:3]) + (', …' if len(shapes) > 3 else '')
 
 
-def _times(factor, grads):
-  return jax.tree.map(lambda g: factor.astype(g.dtype) * g, grads)
-
-
-def _over(sums, count):
-  if isinstance(count, int):
-    return jax.tree.map(lambda s: s / count, sums)
-  return jax.tree.map(lambda s: s / count.astype(s.dtype), sums)
-
-
 def _accumulate(one, parts, params):
   """Outputs, stacked, and the sum of the gradients of ``one`` over parts, in turn."""
 
@@ -316,6 +284,6 @@ def _accumulate(one, parts, params):
     output, grads = one(part)
     return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), output
 
-  zero = jax.tree.map(widen, zeros_like(params))
+  zero = jax.tree.map(_numerics.widen, zeros_like(params))
   sums, outputs = jax.lax.scan(add, zero, parts)
   return outputs, sums

@@ -9,7 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from msam_optax.numerics import zero_if
+from msam_optax import _numerics
 
 Hyperparameter = float | jax.Array | np.ndarray | Callable[[Any], Any]
 
@@ -78,7 +78,7 @@ def value_at(name: str, value: Hyperparameter, count: Any = None) -> Any:
     return value
   if not jnp.issubdtype(value.dtype, jnp.floating):
     value = value.astype(float)
-  return value + zero_if((value >= 0) & jnp.isfinite(value), value.dtype)
+  return value + _numerics.zero_if((value >= 0) & jnp.isfinite(value), value.dtype)
 
 
 def _unwrapped(value: Any) -> Any:

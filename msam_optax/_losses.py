@@ -8,11 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from msam_optax.compat import how_to_vary
-from msam_optax.compat import varying_axes
-from msam_optax.masks import at_path
-from msam_optax.masks import overwritten
-from msam_optax.numerics import widen
+from msam_optax import _devices
+from msam_optax import _masks
+from msam_optax import _numerics
 
 
 class Output(NamedTuple):
@@ -61,7 +59,7 @@ def differentiated(
   def scaled(*args, **kwargs):
     loss, weight, aux = _parts(loss_fn(*args, **kwargs), has_aux, has_weight)
     factor = _factor(loss, weight, loss_scale)
-    value = loss if weight is None else widen(loss, like=(loss, weight))
+    value = loss if weight is None else _numerics.widen(loss, like=(loss, weight))
     return loss if factor is None else loss * factor, (
       Output(value, weight, aux),
       factor,
@@ -75,31 +73,21 @@ def differentiated(
       return output, grads
     check_weight_is_summed(output.weight, grads)
     # The factor as it was rounded to the dtype of the loss.
-    scale = widen(factor, like=(factor, output.weight)) * divisor(output.weight)
-    return output, map_gradients(lambda g: _divide(widen(g), scale), grads)
+    scale = _numerics.widen(factor, like=(factor, output.weight)) * _numerics.divisor(
+      output.weight
+    )
+    return output, map_gradients(lambda g: _divide(_numerics.widen(g), scale), grads)
 
   return one_pass
-
-
-def divisor(weight: jax.Array | None) -> Any:
-  """A weight, or one where it is zero: what is empty adds nothing, and not 0/0."""
-  return 1.0 if weight is None else jnp.where(weight == 0, 1.0, weight)
 
 
 def map_gradients(f: Callable[..., Any], grads: Any, *others: Any) -> Any:
   """``f`` of each gradient, not of the new values that stand in the place of some."""
   return jax.tree.map(
     lambda replaced, g, *xs: g if replaced else f(g, *xs),
-    overwritten(grads),
+    _masks.overwritten(grads),
     grads,
     *others,
-  )
-
-
-def new_values(grads: Any) -> Any:
-  """The new values that stand in the place of some gradients; None for the others."""
-  return jax.tree.map(
-    lambda replaced, g: g if replaced else None, overwritten(grads), grads
   )
 
 
@@ -116,13 +104,14 @@ def check_weight_is_summed(weight: Any, grads: Any) -> None:
   if weight is None:
     return
   for path, g in jax.tree_util.tree_leaves_with_path(grads):
-    for axis in sorted(varying_axes(weight) - varying_axes(g)):
+    where = _masks.at_path(path)
+    for axis in sorted(_devices.varying_axes(weight) - _devices.varying_axes(g)):
       raise ValueError(
         f'The weight may differ along the axis {axis!r}, but the gradient'
-        f' {at_path(path)} is summed over it already, as shard_map does with those of'
+        f' {where} is summed over it already, as shard_map does with those of'
         ' replicated parameters. Cast the parameters,'
-        f' {how_to_vary(axis)}, and name the axis in `axis_name`; or let `loss_fn` sum'
-        f' both, `jax.lax.psum((total, weight), {axis!r})`.'
+        f' {_devices.cast_hint(axis)}, and name the axis in `axis_name`; or let'
+        f' `loss_fn` sum both, `jax.lax.psum((total, weight), {axis!r})`.'
       )
 
 
@@ -138,11 +127,13 @@ def _factor(loss, weight, loss_scale):
   """
   if weight is None and loss_scale is None:
     return None
-  scale = widen(1.0 if loss_scale is None else loss_scale, like=(loss, weight))
+  scale = _numerics.widen(
+    1.0 if loss_scale is None else loss_scale, like=(loss, weight)
+  )
   if weight is not None:
     # Within what the dtype of the loss holds with room for the loss itself.
     reach = 2.0 ** (jnp.finfo(jnp.result_type(loss)).maxexp * 3 // 4)
-    count = jnp.clip(divisor(weight), 1 / reach, reach)
+    count = jnp.clip(_numerics.divisor(weight), 1 / reach, reach)
     nexp = jnp.finfo(count.dtype).nexp
     scale = scale / jax.lax.reduce_precision(count, nexp, mantissa_bits=0)
   return scale.astype(jnp.result_type(loss))
@@ -158,7 +149,7 @@ def _parts(result, has_aux, has_weight):
     form = f'({first}, aux)' if has_aux else first
     result, weight = _pair(result, 'has_weight', form)
     _check_number('weight', weight, (jnp.floating, jnp.integer), 'an integer or real')
-    weight = jax.lax.stop_gradient(widen(weight, like=(result, weight)))
+    weight = jax.lax.stop_gradient(_numerics.widen(weight, like=(result, weight)))
   elif isinstance(result, (tuple, list)):
     aux_hint = 'say `has_aux=True` if they are `(loss, aux)`, and '
     raise TypeError(

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from msam_optax.checks import check_like
-from msam_optax.checks import pair_hint
+from msam_optax import _checks
 
 # Extra arguments of ours and of Optax's own, which are not misspelt.
 EXTRA_ARGS = frozenset(
@@ -61,9 +60,9 @@ def evaluation(
       what = 'The gradient that `value_and_grad_fn` returns'
     else:
       value, grads = None, _call('grad_fn', grad_fn, probe)
-      what = pair_hint(grads, like) + 'What `grad_fn` returns'
+      what = _checks.pair_hint(grads, like) + 'What `grad_fn` returns'
     what += ' must be like the gradients given to `update` (None where they are)'
-    check_like(grads, like, what=what, dtypes=dtypes)
+    _checks.check_like(grads, like, what=what, dtypes=dtypes)
     return value, grads
 
   return evaluate

@@ -1,0 +1,165 @@
+"""The passes of a function that takes gradients: in a row, or as turns of one loop."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from msam_optax import _devices
+from msam_optax import _losses
+from msam_optax import _masks
+from msam_optax import _microbatches
+from msam_optax import _numerics
+from msam_optax import _passes
+from msam_optax import spaces
+
+# ``(*args, **kwargs) -> (Output, grads)``, the latter a tuple of gradients.
+Passes = Callable[..., tuple[_losses.Output, tuple[Any, ...]]]
+
+
+def clean_pass(loss_fn: Callable[..., Any], argnums: Any, **options: Any) -> Passes:
+  """The pass at the parameters, with a tuple of one gradient."""
+  one_pass = _losses.differentiated(loss_fn, argnums, **options)
+
+  def clean(*args, **kwargs):
+    output, grads = one_pass(*args, **kwargs)
+    return output, (grads,)
+
+  return clean
+
+
+def in_a_row(
+  clean: Passes, setting: _passes.Setting, *, argnums: Any, axis_name: Any
+) -> Passes:
+  """The clean pass, and a pass at each probe.
+
+  Args:
+    clean: the pass at the parameters.
+    setting: what the method is.
+    argnums: the position of the parameters, or positions.
+    axis_name: the mapped axis over which the clean gradient is averaged, or None.
+
+  Returns:
+    A function with the arguments of ``clean``, and its output; its gradients are the
+    clean one and one for each probe.
+  """
+
+  def passes(*args, **kwargs):
+    output, (grads,) = clean(*args, **kwargs)
+    average = _mean(axis_name, output.weight)
+    begin = _passes.start(average(grads), select(args, argnums), setting)
+
+    def evaluate(probe):
+      _, (grads,) = clean(*_replace(args, argnums, probe), **kwargs)
+      return None, grads
+
+    probes = _passes.at_probes(
+      begin,
+      evaluate,
+      setting,
+      metric_state=_metric_state(begin, setting),
+      average=average,
+    )
+    return output, (begin.grads, *probes.grads)
+
+  return passes
+
+
+def in_one_loop(
+  clean: Passes,
+  setting: _passes.Setting,
+  *,
+  argnums: Any,
+  axis_name: Any,
+  wide: bool,
+) -> Passes:
+  """All passes as turns of one loop, which starts from a gradient of zero.
+
+  A gradient of zero is no perturbation, so the first turn is the clean pass. The loop
+  carries the last gradients, as many as there are passes, the newest last.
+
+  Args:
+    clean: the pass at the parameters.
+    setting: what the method is.
+    argnums: the position of the parameters, or positions.
+    axis_name: the mapped axis over which all gradients are averaged, or None.
+    wide: whether the gradients are float32 or wider, whatever the parameters are.
+
+  Returns:
+    A function as that of :func:`in_a_row`.
+  """
+  scales = (0.0, *setting.combination.scales)
+
+  def passes(*args, **kwargs):
+    params = select(args, argnums)
+
+    def turn(last, at):
+      i, scale = at
+      outputs = []
+
+      def evaluate(probe):
+        output, (grads,) = clean(*_replace(args, argnums, probe), **kwargs)
+        outputs.append(output)
+        return None, grads
+
+      average = lambda grads: _mean(axis_name, outputs[-1].weight)(grads)
+      begin = _passes.start(_clean_among(last, i), params, setting)
+      probes = _passes.at_probes(
+        begin,
+        evaluate,
+        setting,
+        metric_state=_metric_state(begin, setting),
+        scales=(scale,),
+        average=average,
+      )
+      new = jax.tree.map(lambda x, g: x.astype(g.dtype), probes.grads[0], begin.grads)
+      return (*last[1:], average(new)), outputs[-1]
+
+    zeros = _microbatches.zeros_like(params, () if axis_name is None else axis_name)
+    zeros = _losses.map_gradients(_numerics.widen, zeros) if wide else zeros
+    zeros = _passes.start(zeros, params, setting).grads
+    turns = jnp.arange(len(scales)), jnp.asarray(scales)
+    grads, outputs = jax.lax.scan(turn, (zeros,) * len(scales), turns)
+    return jax.tree.map(lambda x: x[0], outputs), grads
+
+  return passes
+
+
+def select(args: Sequence[Any], argnums: Any) -> Any:
+  """The parameters among the arguments: one, or a tuple of several."""
+  if isinstance(argnums, Sequence):
+    return tuple(args[i] for i in argnums)
+  return args[argnums]
+
+
+def _replace(args, argnums, params):
+  """The arguments with other parameters."""
+  if not isinstance(argnums, Sequence):
+    argnums, params = (argnums,), (params,)
+  new = list(args)
+  for i, p in zip(argnums, params, strict=True):
+    new[i] = p
+  return new
+
+
+def _clean_among(last, i):
+  """The clean gradient in turn ``i``, where it is the ``i``-th last."""
+  if len(last) == 2:
+    return last[-1]
+  turns_ago = jnp.maximum(i - 1, 0)
+  return jax.tree.map(functools.partial(jax.lax.select_n, turns_ago), *last[:0:-1])
+
+
+def _metric_state(begin, setting):
+  return setting.metric.init(_masks.restrict(begin.params, begin.perturbed))
+
+
+def _mean(axis_name, weight):
+  def mean(grads):
+    _devices.check_varying(grads, axis_name)
+    return spaces.mean(grads, axis_name, weight)
+
+  return mean

@@ -1,0 +1,208 @@
+"""The passes of a step: at the parameters, at the probes, and what is made of both."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import operator
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msam_optax import _checks
+from msam_optax import _devices
+from msam_optax import _hyperparameters
+from msam_optax import _masks
+from msam_optax import _numerics
+from msam_optax import combinations
+from msam_optax import metrics
+from msam_optax import perturbation
+from msam_optax import spaces
+
+
+class Setting(NamedTuple):
+  """What a method is, the same in every step, see :func:`sharpness_aware`."""
+
+  metric: metrics.Metric
+  rho: Any
+  combination: combinations.Combination
+  mask: Any
+  param_specs: Any
+  dtype: Any
+
+
+class Start(NamedTuple):
+  """What the probes of a step start from.
+
+  Attributes:
+    params: pytree of arrays, ``w``, in the dtype of the perturbation.
+    grads: pytree of arrays like it, the clean gradient ``g``, zero where there is none.
+    perturbed: which leaves are perturbed, a tree of bools.
+    present: which leaves have a gradient, a tree of bools.
+  """
+
+  params: Any
+  grads: Any
+  perturbed: Any
+  present: Any
+
+
+class Probes(NamedTuple):
+  """What a step has seen.
+
+  Attributes:
+    grads: the gradient at each probe, a tuple of pytrees like the params.
+    slope: scalar, the metric's.
+    radius: scalar, the distance of the first probe from the parameters.
+    value: scalar, the loss at the first probe, or None.
+    metric_state: the metric's next state.
+  """
+
+  grads: tuple[Any, ...]
+  slope: jax.Array
+  radius: jax.Array
+  value: Any
+  metric_state: Any
+
+
+def start(grads: Any, params: Any, setting: Setting) -> Start:
+  """Checks and completes what a step starts from.
+
+  Args:
+    grads: the clean gradient, a pytree like ``params`` with None where there is none.
+    params: pytree of arrays.
+    setting: what the method is.
+
+  Returns:
+    A :class:`Start`.
+  """
+  present = _masks.has_leaf(grads, params)
+  grads = _masks.fill(grads, present, params)
+  chosen = _masks.perturbed(setting.mask, params)
+  perturbed = jax.tree.map(operator.and_, chosen, present)
+  _checks.check_any(perturbed)
+  _devices.check_sharded(grads, setting.param_specs, perturbed)
+  return Start(
+    params=_cast(params, setting.dtype, perturbed),
+    grads=_cast(grads, setting.dtype, perturbed),
+    perturbed=perturbed,
+    present=present,
+  )
+
+
+def at_probes(
+  begin: Start,
+  evaluate: Callable[[Any], tuple[Any, Any]],
+  setting: Setting,
+  *,
+  metric_state: Any,
+  count: Any = None,
+  scales: Sequence[Any] | None = None,
+  average: Callable[[Any], Any] = lambda grads: grads,
+  extra_args: Mapping[str, Any] | None = None,
+) -> Probes:
+  """The gradients at ``w + scale · δ``, marked where a pass was not finite.
+
+  Args:
+    begin: what they start from; its gradient is the one of the ascent.
+    evaluate: ``params -> (value or None, grads)``.
+    setting: what the method is.
+    metric_state: the metric's state.
+    count: int32 scalar, the steps so far, if ``rho`` is a schedule.
+    scales: one scalar for each probe; by default those of the combination.
+    average: ``grads -> grads``, what is done to gradients before the metric sees them.
+    extra_args: what else the metric may know.
+
+  Returns:
+    A :class:`Probes`.
+  """
+  w, g, perturbed, present = begin
+  rho = _hyperparameters.value_at('rho', setting.rho, count)
+  space = spaces.over(None, setting.param_specs)
+
+  def probe_gradient(probe):
+    value, grads = evaluate(probe)
+    return value, _masks.fill(grads, present, w)
+
+  def grad_fn(subtree):
+    _, grads = probe_gradient(_masks.extend(subtree, perturbed, w))
+    return _masks.restrict(average(grads), perturbed)
+
+  ascent, metric_state = perturbation.ascend(
+    setting.metric,
+    g,
+    metric_state,
+    w,
+    mask=perturbed,
+    extra_args={
+      **(extra_args or {}),
+      'space': space,
+      'rho': rho,
+      'grad_fn': grad_fn,
+    },
+  )
+  magnitudes = perturbation.magnitudes_of(g, setting.param_specs)
+  size = perturbation.expected_size(rho, ascent, magnitudes, perturbed)
+
+  def at_scale(scale):
+    length = _numerics.widen(rho, like=w) * _numerics.widen(scale, like=w)
+    probe = perturbation.perturb(w, ascent, length, mask=perturbed)
+    _devices.check_probe(probe, w, g)
+    value, grads = probe_gradient(probe)
+    radius = perturbation.distance(
+      probe, w, size, mask=perturbed, param_specs=setting.param_specs
+    )
+    return perturbation.mark_non_finite(grads, magnitudes, radius), radius, value
+
+  scales = setting.combination.scales if scales is None else scales
+  grads, radii, values = zip(*(at_scale(scale) for scale in scales), strict=True)
+  return Probes(grads, ascent.slope, radii[0], values[0], metric_state)
+
+
+def combine(
+  grads: tuple[Any, ...],
+  state: Any,
+  space: spaces.Space,
+  setting: Setting,
+  *,
+  like: Any,
+  params: Any,
+) -> tuple[Any, Any]:
+  """The update that a combination makes of the gradients of a step.
+
+  Args:
+    grads: ``(g, g₁, …)``, pytrees like ``like``.
+    state: the combination's state.
+    space: how the gradients are spread over devices.
+    setting: what the method is.
+    like: the clean gradient as it came. The update has its dtypes, and its values in
+      leaves that are no gradients: FP8 scaling factors get the new values of the clean
+      pass.
+    params: the parameters, a pytree like ``like``.
+
+  Returns:
+    The update, a pytree like ``like``, and the combination's next state.
+  """
+  has_gradient = _masks.trained(params)
+  real = tuple(_masks.restrict_to_real(g, has_gradient) for g in grads)
+  update, state = setting.combination.combine(real, state, space)
+  what = 'What the `combine` of a Combination returns must be like the gradients'
+  _checks.check_like(update, real[0], what=what, dtypes=False)
+
+  def of_leaf(trained, new, old):
+    if not trained:
+      return old
+    if isinstance(new, _masks.Complex):
+      new = jax.lax.complex(*(_numerics.widen(x) for x in new))
+    return jnp.asarray(new).astype(jnp.result_type(old))
+
+  return jax.tree.map(of_leaf, has_gradient, update, like), state
+
+
+def _cast(tree, dtype, perturbed):
+  if dtype is None:
+    return tree
+  return jax.tree.map(
+    lambda cast, x: jnp.asarray(x, dtype) if cast else x, perturbed, tree
+  )

@@ -1,0 +1,251 @@
+"""Combinations: the gradient that the optimizer gets, of those that a step has seen.
+
+A step takes the gradient ``g`` at the parameters ``w`` and one gradient at each probe
+``w + scale · δ``. SAM goes on with the one at its only probe. Others mix it with ``g``,
+or look in both directions; what they do with the gradients is all that is here.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from msam_optax import _hyperparameters
+from msam_optax import _numerics
+from msam_optax import spaces
+
+
+class Combination(NamedTuple):
+  """How one update is made of the gradients of a step.
+
+  The gradients are pytrees of real arrays with the structure of the params, without
+  the leaves that have no gradient (integers, FP8 scaling factors; in their place is an
+  ``optax.MaskedNode``, and a complex leaf is a pair of real ones).
+
+  Attributes:
+    init: ``params -> state``. A combination without state returns a tree without
+      leaves.
+    combine: ``(grads, state, space) -> (update, state)`` with ``grads = (g, g₁, …)``,
+      after ``g`` one gradient for each of the ``scales``, or ``(g,)`` in a step that is
+      not ``due``. Each replica has its own gradients; ``space.mean`` is their mean, and
+      the update must be the same on all. It is cast to the dtypes of the gradients.
+    scales: where the probes are, each at ``w + scale · δ``: how many gradients a step
+      takes beside ``g``.
+    due: ``(g, state, space) -> bool``, scalar: whether this step takes its probes. It
+      must be the same on all replicas, as what comes from a counter or from
+      ``space.mean(g)`` is. None, the default, is every step.
+
+  Examples:
+    The gradient at the probe as long as the one at the params is, which is Stable SAM:
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import msam_optax
+    >>> def combine(grads, state, space):
+    ...   g, g_probe = space.mean(grads)
+    ...   (_, length), (unit, _) = space.normalize(g), space.normalize(g_probe)
+    ...   return jax.tree.map(lambda u: length * u, unit), state
+    >>> stable = msam_optax.Combination(lambda params: optax.EmptyState(), combine)
+    >>> tx = msam_optax.sharpness_aware(msam_optax.euclidean(), 0.5, stable)
+    >>> w, grad_fn = jnp.array([0.3, 0.4]), jax.grad(lambda w: jnp.sum(w**2))
+    >>> print(tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0])
+    [0.6 0.8]
+  """
+
+  init: Callable[[Any], Any]
+  combine: Callable[[tuple[Any, ...], Any, spaces.Space], tuple[Any, Any]]
+  scales: Sequence[float] = (1.0,)
+  due: Callable[[Any, Any, spaces.Space], Any] | None = None
+
+
+def probe_gradient() -> Combination:
+  """The gradient at the probe, ``g₁``: that of SAM, ASAM, Monge SAM and others.
+
+  Returns:
+    A :class:`Combination` without state.
+
+  Examples:
+    >>> from msam_optax import LOCAL, probe_gradient
+    >>> probe_gradient().combine((1.0, 3.0), (), LOCAL)[0]
+    3.0
+  """
+  return _stateless(lambda grads, space: space.mean(grads[-1]))
+
+
+def weighted(a: float | jax.Array) -> Combination:
+  """A weighted sum of both gradients, ``(1 − a) g + a g₁``.
+
+  With ``0 ≤ a ≤ 1`` it is the penalty on the norm of the gradient (GNP), with
+  ``a = γ/(1 − γ)`` the coupled form of WSAM, in which ``a`` may be larger than 1. The
+  update is the gradient of ``(1 − a) ℓ(w) + a ℓ(w + δ)`` with ``δ`` held fixed.
+
+  Args:
+    a: scalar >= 0. 0 is the plain gradient, 1 the one at the probe.
+
+  Returns:
+    A :class:`Combination` without state.
+
+  Raises:
+    TypeError: if ``a`` is no real number and no array.
+    ValueError: if ``a`` is negative or not finite.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import LOCAL, weighted
+    >>> update, _ = weighted(0.75).combine((jnp.array(1.0), jnp.array(3.0)), (), LOCAL)
+    >>> print(update)
+    2.5
+
+  References:
+    Zhao et al., `Penalizing Gradient Norm for Efficiently Improving Generalization in
+    Deep Learning <https://arxiv.org/abs/2202.03599>`_, 2022
+
+    Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
+    Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023
+  """
+  _hyperparameters.check_number('a', a)
+
+  def combine(grads, space):
+    g, *probes = grads
+    if not probes:
+      return space.mean(g)
+    a_now = jnp.asarray(_hyperparameters.value_at('a', a))
+    return space.mean(_sum((1.0 - a_now, a_now), (g, *probes)))
+
+  return _stateless(combine)
+
+
+def surrogate_gap(alpha: float | jax.Array) -> Combination:
+  """GSAM's: descends the loss at the probe and its gap to the loss at the params.
+
+  Of the gradient ``g`` the part along ``g₁`` stays out of it, so that the gap is closed
+  without slowing the descent at the probe::
+
+      g₁ − α (g − ⟨g, g₁⟩/⟨g₁, g₁⟩ g₁)
+
+  With replicas both gradients are their means before the formula.
+
+  Args:
+    alpha: ``α``, scalar >= 0. 0 is the gradient at the probe.
+
+  Returns:
+    A :class:`Combination` without state.
+
+  Raises:
+    TypeError: if ``alpha`` is no real number and no array.
+    ValueError: if ``alpha`` is negative or not finite.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import LOCAL, surrogate_gap
+    >>> grads = jnp.array([1.0, 2.0]), jnp.array([3.0, 0.0])
+    >>> print(surrogate_gap(0.5).combine(grads, (), LOCAL)[0])
+    [ 3. -1.]
+
+  References:
+    Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
+    <https://arxiv.org/abs/2203.08065>`_, 2022
+  """
+  _hyperparameters.check_number('alpha', alpha)
+
+  def combine(grads, space):
+    grads = space.mean(grads)
+    g, *probes = grads
+    if not probes:
+      return g
+    alpha_now = jnp.asarray(_hyperparameters.value_at('alpha', alpha))
+    # By way of the unit vector: ⟨g₁, g₁⟩ would underflow where g₁ does not.
+    unit, _ = space.normalize(probes[0])
+    slope = space.dot(g, unit)
+    along = _numerics.widen(alpha_now, like=slope) * slope
+    return _sum((-alpha_now, 1.0, along), (g, *probes, unit), dtypes=g)
+
+  return _stateless(combine)
+
+
+def curvature(
+  gamma: float | jax.Array = 0.1, beta: float | jax.Array = 0.01
+) -> Combination:
+  """CR-SAM's: what both sides of the params say about the curvature between them.
+
+  With gradients ``g₊`` at ``w + δ`` and ``g₋`` at ``w − δ``, three in a step::
+
+      g₊ + γ (g₊ + g₋ − 2g) + β (g₊ − g₋)
+
+  Args:
+    gamma: ``γ``, scalar >= 0: the weight of the second difference, a third derivative
+      of the loss.
+    beta: ``β``, scalar >= 0: the weight of the first difference, a second derivative.
+
+  Returns:
+    A :class:`Combination` without state.
+
+  Raises:
+    TypeError: if a weight is no real number and no array.
+    ValueError: if a weight is negative or not finite.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import curvature, LOCAL
+    >>> g, plus, minus = jnp.array(1.0), jnp.array(3.0), jnp.array(0.0)
+    >>> print(curvature(0.25, 0.5).combine((g, plus, minus), (), LOCAL)[0])
+    4.75
+
+  References:
+    Wu et al., `CR-SAM: Curvature Regularized Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2312.13555>`_, 2023
+  """
+  _hyperparameters.check_number('gamma', gamma)
+  _hyperparameters.check_number('beta', beta)
+
+  def combine(grads, space):
+    g, *probes = grads
+    if not probes:
+      return space.mean(g)
+    second = jnp.asarray(_hyperparameters.value_at('gamma', gamma))
+    first = jnp.asarray(_hyperparameters.value_at('beta', beta))
+    weights = (-2.0 * second, 1.0 + second + first, second - first)
+    return space.mean(_sum(weights, (g, *probes)))
+
+  return _stateless(combine)._replace(scales=(1.0, -1.0))
+
+
+def check_combination(combination: Any) -> None:
+  """Raises unless ``combination`` is a :class:`Combination` that takes a gradient."""
+  if not isinstance(combination, Combination):
+    raise TypeError(
+      '`combination` must be a Combination, such as `probe_gradient()` or'
+      f' `weighted(0.8)`, got {combination!r}.'
+    )
+  scales = combination.scales
+  if not isinstance(scales, Sequence) or not scales:
+    raise ValueError(
+      'The `scales` of a Combination are those of its probes, one at least, as in'
+      f' `(1.0,)`, got {scales!r}.'
+    )
+  for scale in scales:
+    if isinstance(scale, (int, float, np.number)) and not np.isfinite(scale):
+      raise ValueError(f'The `scales` of a Combination must be finite, got {scales!r}.')
+
+
+def _stateless(combine: Callable[[Any, spaces.Space], Any]) -> Combination:
+  return Combination(
+    init=lambda params: optax.EmptyState(),
+    combine=lambda grads, state, space: (combine(grads, space), state),
+  )
+
+
+def _sum(weights: Any, trees: Any, dtypes: Any = None) -> Any:
+  """``Σ weight · tree``, in float32 or wider, rounded to the first one's dtypes."""
+
+  def of_leaf(like, *xs):
+    widen = functools.partial(_numerics.widen, like=xs)
+    terms = [widen(c) * widen(x) for c, x in zip(weights, xs, strict=True)]
+    return sum(terms[1:], terms[0]).astype(jnp.result_type(like))
+
+  return jax.tree.map(of_leaf, trees[0] if dtypes is None else dtypes, *trees)

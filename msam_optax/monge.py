@@ -1,0 +1,198 @@
+"""Monge SAM's metric: the graph of the loss as a surface. The paper on one page.
+
+The loss ``ℓ`` over the parameters ``w`` is a surface, the points ``(w, αℓ(w))``. To
+first order a step ``δ`` along it has the length ``√(‖δ‖² + α²⟨g, δ⟩²)``: longer than
+``δ`` where it climbs, and as long where it follows a level set. Of all steps of length
+``ρ`` the one along which the loss rises most is
+
+    δ = ρ g / (‖g‖ √(1 + α²‖g‖²)).
+
+The same holds over any norm, not only the Euclidean one. Let ``direction`` be the
+vector of unit length along which the loss rises most, and ``slope`` that rise. Of all
+steps with the same ``⟨g, δ⟩ = c`` the shortest is along ``direction``, and there
+``‖δ‖ = c / slope``. So
+
+    max ⟨g, δ⟩  subject to  ‖δ‖² + α²⟨g, δ⟩² ≤ ρ²
+
+is reached at ``c²/slope² + α²c² = ρ²``, that is at
+
+    δ = ρ · direction / √(1 + α² slope²),
+
+which is all that this file computes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msam_optax import _hyperparameters
+from msam_optax import _numerics
+from msam_optax import metrics
+
+
+class MongeState(NamedTuple):
+  """State of :func:`monge` or :func:`capped` where their number is a schedule.
+
+  Attributes:
+    count: int32 scalar, the steps so far.
+    base: the base metric's state.
+  """
+
+  count: Any
+  base: Any
+
+
+def monge(
+  alpha: _hyperparameters.Hyperparameter = 1.0,
+  base: metrics.Metric = metrics.euclidean(),
+) -> metrics.Metric:
+  """The Monge metric ``G = B + α² g gᵀ`` over any metric ``B``, or over any norm.
+
+  It is the metric that the graph of the loss, ``{(w, αℓ(w))}``, has as a surface:
+  moving uphill is long, moving along a level set is as long as under ``B``. Its
+  direction and slope are those of the base divided by ``√(1 + α²s²)``, where ``s`` is
+  the base's slope (by Sherman–Morrison if the base is a matrix; the line that makes it
+  true for any norm is at the top of this file). So over the Euclidean metric
+
+      δ = ρ g / (‖g‖ √(1 + α²‖g‖²)),
+
+  SAM's perturbation where the gradient is small, and ever less where it is large.
+  The slope is less than ``1/α``: **``ρ/α`` is the largest first-order rise of the
+  loss that Monge SAM allows.** ``α = 0`` is the base, and the paper has ``α = 1``.
+
+  Unlike SAM's, this perturbation depends on the scale of the loss: a loss ``c``
+  times as large acts as ``c`` times the ``α``. Average, unscale and reduce
+  gradients before they come here.
+
+  Args:
+    alpha: ``α``, scalar >= 0: a number, an array or an Optax schedule. A schedule
+      is counted in calls and makes the metric one with state.
+    base: the metric ``B``, or a norm such as :func:`max_norm` or :func:`spectral`.
+
+  Returns:
+    A :class:`Metric` with the base's state; in a :class:`MongeState` if ``alpha`` is
+    a schedule.
+
+  Raises:
+    ValueError: if ``alpha`` is negative or not finite.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import monge
+    >>> metric = monge(alpha=1.0)
+    >>> ascent, _ = metric.ascend(jnp.array([0.0, 0.75]), metric.init(None), None)
+    >>> print(ascent.direction, f'{ascent.slope:.4g}')
+    [0.  0.8] 0.6
+
+  References:
+    Jacobsen & Arvanitidis, `Monge SAM: Robust Reparameterization-Invariant
+    Sharpness-Aware Minimization Based on Loss Geometry
+    <https://arxiv.org/abs/2502.08448>`_, 2025
+
+    Hartmann et al., `Lagrangian Manifold Monte Carlo on Monge Patches
+    <https://arxiv.org/abs/2202.00755>`_, 2022
+  """
+
+  def shorten(alpha, slope):
+    factor = _numerics.inverse_hypot(alpha * slope)
+    # Where the product is too large for a number, the slope has its limit, 1/α.
+    beyond = _numerics.is_infinite(alpha * slope)
+    limit = 1.0 / jnp.where(beyond, alpha, 1.0)
+    return factor, jnp.where(beyond, limit, slope * factor)
+
+  return _shortened(base, 'alpha', alpha, shorten)
+
+
+def capped(
+  base: metrics.Metric = metrics.euclidean(),
+  sigma: _hyperparameters.Hyperparameter = 1.0,
+) -> metrics.Metric:
+  """A metric with its slope cut off at ``σ``: the hard edge of what Monge does softly.
+
+  Direction and slope are those of the base, ``s``, times ``min(1, σ/s)``. So the
+  first-order rise of the loss is at most ``ρσ``, and ``δ`` is the base's wherever that
+  rises less. Over the Euclidean metric it is LE-SAM's, of length ``min(ρ, ρσ/‖g‖)``;
+  with ``σ = 1/α`` it has the same bound as ``monge(alpha, base)``.
+
+  Args:
+    base: the metric whose slope is cut off.
+    sigma: ``σ``, scalar >= 0: a number, an array or an Optax schedule. A schedule is
+      counted in calls and makes the metric one with state.
+
+  Returns:
+    A :class:`Metric` with the base's state; in a :class:`MongeState` if ``sigma`` is a
+    schedule.
+
+  Raises:
+    ValueError: if ``sigma`` is negative or not finite.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import capped, euclidean
+    >>> metric = capped(euclidean(), sigma=2.0)
+    >>> ascent, _ = metric.ascend(jnp.array([0.0, 8.0]), metric.init(None), None)
+    >>> print(ascent.direction, f'{ascent.slope:.4g}')
+    [0.   0.25] 2
+  """
+
+  def shorten(sigma, slope):
+    reduced = jnp.minimum(slope, sigma)  # NaN if σ is, and so is the factor.
+    ratio = reduced / jnp.where(slope > 0, slope, 1.0)
+    return jnp.where(slope > 0, ratio, 1.0 + reduced), reduced
+
+  return _shortened(base, 'sigma', sigma, shorten)
+
+
+def _shortened(
+  base: metrics.Metric,
+  name: str,
+  number: _hyperparameters.Hyperparameter,
+  shorten: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+) -> metrics.Metric:
+  """The base's ascent, shortened by a function of its slope.
+
+  Args:
+    base: the metric.
+    name: the name of the number, for messages.
+    number: scalar >= 0 that the function needs, or a schedule.
+    shorten: ``(number, slope) -> (factor of the direction, new slope)``.
+
+  Returns:
+    A :class:`Metric`.
+  """
+  _hyperparameters.check_hyperparameter(name, number)
+  metrics.check_metric('base', base)
+
+  def shortened(ascent, count=None):
+    now = _hyperparameters.value_at(name, number, count)
+    factor, slope = shorten(_numerics.widen(now, like=ascent.slope), ascent.slope)
+    return metrics.Ascent(_multiply(factor, ascent.direction), slope)
+
+  def ascend(grads, state, params, **kwargs):
+    ascent, state = base.ascend(grads, state, params, **kwargs)
+    return shortened(ascent), state
+
+  if not _hyperparameters.is_schedule(number):
+    return metrics.Metric(base.init, ascend)
+
+  def init_count(params):
+    return MongeState(jnp.zeros([], jnp.int32), base.init(params))
+
+  def ascend_and_count(grads, state, params, **kwargs):
+    ascent, base_state = base.ascend(grads, state.base, params, **kwargs)
+    ascent = shortened(ascent, state.count)
+    return ascent, MongeState(optax.safe_increment(state.count), base_state)
+
+  return metrics.Metric(init_count, ascend_and_count)
+
+
+def _multiply(factor, direction):
+  """The product in float32 or wider, rounded to the direction's dtypes."""
+  return jax.tree.map(
+    lambda d: (_numerics.widen(d) * _numerics.widen(factor, like=d)).astype(d.dtype),
+    direction,
+  )
