@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from msam_optax import _numerics
 from msam_optax import adaptive
 from msam_optax import asam
 from msam_optax import diagonal_fisher
@@ -20,9 +21,8 @@ from msam_optax import euclidean
 from msam_optax import fisher_sam
 from msam_optax import monge
 from msam_optax import msam
-from msam_optax import _numerics
-from msam_optax import spaces
 from msam_optax import sam
+from msam_optax import spaces
 
 
 def everything(params):
