@@ -50,10 +50,10 @@ def over_microbatches(
     params_at = positions('argnums', argnums, args, kwargs)
     at, named = _data(args, kwargs, params_at, data_argnums, data_argnames)
     data = {i: args[i] for i in at}, {name: kwargs[name] for name in named}
-    parts, join = split(data, shards)
+    cut, join = split(data, shards)
 
-    def one(part):
-      data, named = join(part)
+    def one(rows):
+      data, named = join(rows)
       whole = [data.get(i, x) for i, x in enumerate(args)]
       output, grads = one_pass(*whole, **{**kwargs, **named})
       if output.weight is None:
@@ -61,12 +61,12 @@ def over_microbatches(
       return output, _numerics.multiply(_numerics.divisor(output.weight), grads)
 
     if vectorize:
-      outputs, grads = jax.vmap(one)(parts)
+      outputs, grads = jax.vmap(one, in_axes=1)(cut)
       sums = jax.tree.map(lambda g: jnp.sum(_numerics.widen(g), axis=0), grads)
     else:
       params = [args[i] for i in params_at]
       like = tuple(params) if isinstance(argnums, Sequence) else params[0]
-      outputs, sums = _accumulate(one, parts, (like,) * gradients)
+      outputs, sums = _accumulate(one, cut, shards, (like,) * gradients)
     if outputs.weight is None:
       value, weight = jnp.mean(outputs.value), None
     else:
@@ -126,17 +126,18 @@ def positions(
 
 
 def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]]:
-  """Cuts the leading axis of every array of a tree into ``shards`` equal parts.
+  """Cuts the leading axis of every array of a tree into ``shards`` micro-batches.
 
   Scalars (typed random keys among them) and what is no array are left whole.
 
   Args:
     tree: pytree; all its arrays with axes have the same, divisible, first length.
-    shards: how many parts, >= 1.
+    shards: how many micro-batches, >= 1.
 
   Returns:
-    The arrays as ``[shards, length / shards, ...]``, and a function that puts one part
-    of each back into the tree.
+    The arrays as ``[length / shards, shards, ...]``, in which row ``i`` of the batch is
+    in micro-batch ``i % shards``; and a function that puts one micro-batch of each back
+    into the tree.
 
   Raises:
     ValueError: if there is nothing to split, or a length does not fit.
@@ -160,16 +161,15 @@ def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]
         ' scalars), belongs in another argument: name those of the batch in'
         ' `data_argnums` and `data_argnames`.'
       )
-  parts = [leaves[i][1] for i in rows]
-  parts = [_cut(x, shards) for x in parts]
+  arrays = [_cut(leaves[i][1], shards) for i in rows]
 
-  def join(part):
+  def join(microbatch):
     new = [x for _, x in leaves]
-    for i, x in zip(rows, part, strict=True):
+    for i, x in zip(rows, microbatch, strict=True):
       new[i] = x
     return jax.tree.unflatten(structure, new)
 
-  return parts, join
+  return arrays, join
 
 
 def zeros_like(params: Any, summed_over: Any = ()) -> Any:
@@ -201,15 +201,15 @@ def zeros_like(params: Any, summed_over: Any = ()) -> Any:
 
 
 def _cut(x, shards):
-  """``[n, ...]`` as ``[shards, n / shards, ...]``: row ``i`` in number ``i % shards``.
+  """``[n, ...]`` as ``[n / shards, shards, ...]``.
 
-  Each is spread over devices as the whole was, and no row moves to another device.
+  So each micro-batch is spread over devices as the whole batch was, and no row moves.
   """
   rows = x.shape[0] // shards
   shape = (rows, shards, *x.shape[1:])
   sharding = _devices.explicit_sharding(x)
   if sharding is None:
-    return jnp.swapaxes(jnp.reshape(x, shape), 0, 1)
+    return jnp.reshape(x, shape)
   names = sharding.spec[0]
   names = names if isinstance(names, tuple) else (names,)
   devices = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
@@ -221,7 +221,7 @@ def _cut(x, shards):
     )
   first, *others = sharding.spec
   sharding = sharding.update(spec=PartitionSpec(first, None, *others))
-  return jnp.swapaxes(jax.lax.reshape(x, shape, out_sharding=sharding), 0, 1)
+  return jax.lax.reshape(x, shape, out_sharding=sharding)
 
 
 def _data(args, kwargs, params_at, argnums, argnames):
@@ -277,13 +277,14 @@ def _shapes(leaves):
   return ', '.join(shapes[:3]) + (', …' if len(shapes) > 3 else '')
 
 
-def _accumulate(one, parts, params):
-  """Outputs, stacked, and the sum of the gradients of ``one`` over parts, in turn."""
+def _accumulate(one, cut, shards, params):
+  """Outputs, stacked, and the sum of the gradients of ``one``, one after the other."""
 
-  def add(sums, part):
-    output, grads = one(part)
+  def add(sums, i):
+    at = lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
+    output, grads = one([at(x) for x in cut])
     return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), output
 
   zero = jax.tree.map(_numerics.widen, zeros_like(params))
-  sums, outputs = jax.lax.scan(add, zero, parts)
+  sums, outputs = jax.lax.scan(add, zero, jnp.arange(shards))
   return outputs, sums
