@@ -20,7 +20,9 @@ from msam_optax.metrics import adaptive
 from msam_optax.metrics import Ascent
 from msam_optax.metrics import diagonal_fisher
 from msam_optax.metrics import euclidean
+from msam_optax.metrics import max_norm
 from msam_optax.metrics import Metric
+from msam_optax.metrics import spectral
 from msam_optax.monge import capped
 from msam_optax.monge import monge
 from msam_optax.monge import MongeState
@@ -56,6 +58,7 @@ __all__ = (
   'euclidean',
   'fisher_sam',
   'gsam',
+  'max_norm',
   'monge',
   'msam',
   'normalize_by',
@@ -63,6 +66,7 @@ __all__ = (
   'probe_gradient',
   'sam',
   'sharpness_aware',
+  'spectral',
   'surrogate_gap',
   'value_and_grad',
   'weighted',

@@ -24,7 +24,7 @@ def check_arrays(params: Any) -> None:
 
 
 def check_differentiable(params: Any) -> None:
-  """Raises unless gradients can be taken of all parameters.
+  """Raises unless the loss can be differentiated in all parameters.
 
   Args:
     params: what a loss is differentiated with respect to.
@@ -75,19 +75,19 @@ def dtype_of(leaf: Any) -> Any:
 
 
 def check_params(params: Any, mask: Any) -> None:
-  """Raises unless the leaves to be moved are real floating-point arrays.
+  """Raises unless the leaves to be perturbed are real floating-point arrays.
 
   Args:
     params: the parameters.
-    mask: the leaves to be moved, a tree of bools like ``params``.
+    mask: the leaves to be perturbed, a tree of bools like ``params``.
 
   Raises:
     ValueError: if leaves are missing, hidden by ``optax.masked`` or the like.
     TypeError: if a leaf is integer, boolean or complex.
   """
-  moved = jax.tree.leaves(mask)
+  selected = jax.tree.leaves(mask)
   for (path, leaf), move in zip(
-    jax.tree_util.tree_leaves_with_path(params), moved, strict=True
+    jax.tree_util.tree_leaves_with_path(params), selected, strict=True
   ):
     where = _masks.at_path(path)
     dtype = jnp.result_type(leaf)
@@ -137,7 +137,7 @@ def check_like(tree: Any, reference: Any, *, what: str, dtypes: bool) -> None:
     tree: the tree to check.
     reference: the tree that it must be like.
     what: a sentence's beginning, ``"<name of tree> must ... <of reference>"``.
-    dtypes: whether dtypes must agree, too.
+    dtypes: whether dtypes must agree as well.
 
   Raises:
     ValueError: if structure or shapes differ; names the first path that does.
@@ -148,7 +148,7 @@ def check_like(tree: Any, reference: Any, *, what: str, dtypes: bool) -> None:
   for path, leaf in got.items():
     where = _masks.at_path(path)
     if path not in want:
-      raise ValueError(f'{what}, but has one leaf too many {where}.')
+      raise ValueError(f'{what}, but has an extra leaf {where}.')
     if jnp.shape(leaf) != jnp.shape(want[path]):
       raise ValueError(
         f'{what}, but {where} its shape is {jnp.shape(leaf)}, not'

@@ -222,10 +222,10 @@ def check_sharded(grads: Any, param_specs: Any, perturbed: Any) -> None:
     if axis in varying_axes(axis_index(axis, 'param_specs'))
   ]
   advice = ' Give the specs that shard_map has as `in_specs` for the parameters.'
-  moved = jax.tree.leaves(perturbed)
-  for (path, g), axes, move in zip(leaves, named, moved, strict=True):
+  selected = jax.tree.leaves(perturbed)
+  for (path, g), axes, use in zip(leaves, named, selected, strict=True):
     where = _masks.at_path(path)
-    for axis in tracked if move else ():
+    for axis in tracked if use else ():
       if axis in axes and axis not in varying_axes(g):
         raise ValueError(
           f'`param_specs` says that the leaf {where} is sharded over {axis!r},'
@@ -269,7 +269,7 @@ def check_probe(probe: Any, params: Any, grads: Any) -> None:
         ' summed over it. If gradients or a hyperparameter (`rho`, `alpha`) differ'
         ' along it, cast the parameters that you give,'
         f' {cast_hint(axis)}, and name the axis in `axis_name`. If the leaf is not to'
-        ' be moved, leave it out with `mask`.'
+        ' be perturbed, leave it out with `mask`.'
       )
 
 

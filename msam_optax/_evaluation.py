@@ -51,7 +51,7 @@ def evaluation(
   if grad_fn is not None and value_and_grad_fn is not None:
     raise ValueError(
       'Both `grad_fn` and `value_and_grad_fn` are given: give only the latter,'
-      ' which returns the gradient, too.'
+      ' which returns the gradient as well.'
     )
 
   def evaluate(probe, like, dtypes):

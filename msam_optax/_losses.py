@@ -19,7 +19,7 @@ class Output(NamedTuple):
   Attributes:
     value: scalar, the loss; its total, float32 or wider, where it has a weight.
     weight: scalar, float32 or wider, what the total is to be divided by; None if the
-      loss has none, so that all parts of a batch count the same.
+      loss has none, so that all micro-batches count the same.
     aux: the auxiliary output, or None.
   """
 
@@ -65,10 +65,10 @@ def differentiated(
       factor,
     )
 
-  take = jax.value_and_grad(scaled, argnums, has_aux=True)
+  value_and_grad_fn = jax.value_and_grad(scaled, argnums, has_aux=True)
 
   def one_pass(*args, **kwargs):
-    (_, (output, factor)), grads = take(*args, **kwargs)
+    (_, (output, factor)), grads = value_and_grad_fn(*args, **kwargs)
     if factor is None:
       return output, grads
     check_weight_is_summed(output.weight, grads)

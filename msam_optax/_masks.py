@@ -25,8 +25,8 @@ def by_name(*names: str) -> Callable[[Any], Any]:
 
   It is a function from params to a tree of bools, for all arguments that take a mask::
 
-    msam(mask=by_name('head'))                                # the head alone is moved
-    adaptive(weights=by_name('kernel', 'embedding'))          # these are the weights
+    msam(mask=by_name('head'))                           # only the head is perturbed
+    adaptive(weights=by_name('kernel', 'embedding'))     # these are the weights
 
   Args:
     *names: keys of dicts or names of attributes, anywhere on the way to a leaf.
@@ -97,7 +97,7 @@ def path_names(path: Any) -> tuple[str, ...]:
 def resolve_mask(mask: Any, params: Any, *, name: str = 'mask') -> Any:
   """A mask in Optax's convention, as a full tree of Python bools.
 
-  A mask is taken for a function only if it has leaves and all of them are callable,
+  A mask counts as a function only if it has leaves and all of them are callable,
   since a tree of bools may itself be callable, as every Equinox module is. So a
   resolved mask must not be resolved again for other parameters.
 
@@ -254,7 +254,7 @@ def _leaves(tree):
 
 
 def _paths(params):
-  """Those of all leaves, also of leaves that a mask has taken away."""
+  """Those of all leaves, also of leaves that a mask has left out."""
   is_masked = lambda x: isinstance(x, optax.MaskedNode)
   leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_masked)
   return [path for path, _ in leaves]

@@ -36,8 +36,8 @@ def over_microbatches(
     argnums: which positional arguments are parameters, and are not split.
     data_argnums: which are split; by default the one that there is.
     data_argnames: which keyword arguments are.
-    vectorize: whether to take all micro-batches at once (``vmap``), not one after the
-      other (``scan``).
+    vectorize: whether to compute all micro-batches at once (``vmap``), not one after
+      the other (``scan``).
 
   Returns:
     A function with the same arguments; its gradients are float32 or wider, total and

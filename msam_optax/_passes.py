@@ -49,7 +49,7 @@ class Start(NamedTuple):
 
 
 class Probes(NamedTuple):
-  """What a step has seen.
+  """What the passes at the probes return.
 
   Attributes:
     grads: the gradient at each probe, a tuple of pytrees like the params.

@@ -1,8 +1,9 @@
-"""Combinations: the gradient that the optimizer gets, of those that a step has seen.
+"""Combinations: the update that a step makes of its gradients.
 
-A step takes the gradient ``g`` at the parameters ``w`` and one gradient at each probe
-``w + scale · δ``. SAM goes on with the one at its only probe. Others mix it with ``g``,
-or look in both directions; what they do with the gradients is all that is here.
+A step computes the gradient ``g`` at the parameters ``w`` and one gradient at each
+probe ``w + scale · δ``. SAM's update is the one at its only probe. Others mix it with
+``g``, or have probes on both sides of ``w``; what they do with the gradients is in this
+file.
 """
 
 from collections.abc import Callable
@@ -35,11 +36,11 @@ class Combination(NamedTuple):
       after ``g`` one gradient for each of the ``scales``, or ``(g,)`` in a step that is
       not ``due``. Each replica has its own gradients; ``space.mean`` is their mean, and
       the update must be the same on all. It is cast to the dtypes of the gradients.
-    scales: where the probes are, each at ``w + scale · δ``: how many gradients a step
-      takes beside ``g``.
-    due: ``(g, state, space) -> bool``, scalar: whether this step takes its probes. It
-      must be the same on all replicas, as what comes from a counter or from
-      ``space.mean(g)`` is. None, the default, is every step.
+    scales: one number for each probe, which is at ``w + scale · δ`` and costs one more
+      gradient.
+    due: ``(g, state, space) -> bool``, scalar: whether this step has probes. It must be
+      the same on all replicas, as a function of a counter or of ``space.mean(g)`` is.
+      None, the default, is every step.
 
   Examples:
     The gradient at the probe as long as the one at the params is, which is Stable SAM:
@@ -121,10 +122,10 @@ def weighted(a: float | jax.Array) -> Combination:
 
 
 def surrogate_gap(alpha: float | jax.Array) -> Combination:
-  """GSAM's: descends the loss at the probe and its gap to the loss at the params.
+  """GSAM's update: lowers the loss at the probe and its gap to the loss at the params.
 
-  Of the gradient ``g`` the part along ``g₁`` stays out of it, so that the gap is closed
-  without slowing the descent at the probe::
+  Only the component of ``g`` that is perpendicular to ``g₁`` is used, so that the gap
+  is closed without slowing the descent at the probe::
 
       g₁ − α (g − ⟨g, g₁⟩/⟨g₁, g₁⟩ g₁)
 
@@ -171,7 +172,7 @@ def surrogate_gap(alpha: float | jax.Array) -> Combination:
 def curvature(
   gamma: float | jax.Array = 0.1, beta: float | jax.Array = 0.01
 ) -> Combination:
-  """CR-SAM's: what both sides of the params say about the curvature between them.
+  """CR-SAM's update: penalizes curvature, from gradients on both sides of the params.
 
   With gradients ``g₊`` at ``w + δ`` and ``g₋`` at ``w − δ``, three in a step::
 
@@ -216,7 +217,7 @@ def curvature(
 
 
 def check_combination(combination: Any) -> None:
-  """Raises unless ``combination`` is a :class:`Combination` that takes a gradient."""
+  """Raises unless ``combination`` is a :class:`Combination` with a probe."""
   if not isinstance(combination, Combination):
     raise TypeError(
       '`combination` must be a Combination, such as `probe_gradient()` or'

@@ -37,10 +37,11 @@ class TrainState(train_state.TrainState):
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['y'])
         return loss.mean(), new['batch_stats']
 
-      take = jax.value_and_grad(loss_fn, has_aux=True)
-      (loss, batch_stats), grads = take(state.params)
+      value_and_grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+      (loss, batch_stats), grads = value_and_grad_fn(state.params)
       state = state.apply_gradients(
-          grads=grads, grad_fn=lambda params: take(params)[1], batch_stats=batch_stats)
+          grads=grads, grad_fn=lambda params: value_and_grad_fn(params)[1],
+          batch_stats=batch_stats)
       return state, loss
 
   Examples:
@@ -58,7 +59,7 @@ class TrainState(train_state.TrainState):
   """
 
   def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
-    """Takes one step.
+    """Makes one step.
 
     With FP8, ``grads`` and ``params`` have a collection ``_overwrite_with_gradient``
     beside ``params``, and ``grad_fn`` is, as always, a function of all that is in the
@@ -103,9 +104,9 @@ def scale_by_both_passes(
   transformation, which is of both, and let the scale follow it::
 
     def train_step(state, dynamic_scale, batch):
-      take = dynamic_scale.value_and_grad(lambda params: loss_fn(params, batch))
-      _, finite, loss, grads = take(state.params)
-      new = state.apply_gradients(grads=grads, grad_fn=lambda params: take(params)[3])
+      scaled = dynamic_scale.value_and_grad(lambda params: loss_fn(params, batch))
+      _, finite, loss, grads = scaled(state.params)
+      new = state.apply_gradients(grads=grads, grad_fn=lambda params: scaled(params)[3])
       finite &= optax.tree.get(new.opt_state, 'finite')
       state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
       return state, scale_by_both_passes(dynamic_scale, finite), loss
@@ -113,13 +114,13 @@ def scale_by_both_passes(
   With the drop-in, the loss is scaled by ``loss_scale``, and nothing else changes: the
   radius, ``ρ`` and ``α`` are those of the unscaled loss::
 
-    take = msam_optax.value_and_grad(
+    value_and_grad_fn = msam_optax.value_and_grad(
         loss_fn, monge(alpha=1.0), rho=0.05, loss_scale=dynamic_scale.scale)
-    loss, grads = take(state.params, batch)
+    loss, grads = value_and_grad_fn(state.params, batch)
     finite = jnp.array([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]).all()
 
   Args:
-    dynamic_scale: the scale that the step was taken with.
+    dynamic_scale: the scale that the step was made with.
     finite: bool scalar, whether both gradients were.
 
   Returns:
@@ -132,7 +133,7 @@ def scale_by_both_passes(
     >>> print(scale_by_both_passes(DynamicScale(scale=1024.0), jnp.array(False)).scale)
     512.0
   """
-  # Flax updates the scale from a gradient: here one that is finite or not as told.
+  # Flax updates the scale from a gradient: here one that is finite if `finite` is.
   gradient_of = lambda x: x + x * _numerics.zero_if(finite, jnp.float32)
   return dynamic_scale.value_and_grad(gradient_of)(jnp.float32(0.0)).dynamic_scale
 
@@ -150,15 +151,15 @@ def _update(tx, extra_args, grads, state, params):
 def _of_parameters(extra_args, params):
   """Gradient functions of all of ``params`` as ones of what the optimizer moves."""
 
-  def whole(moved):
-    return {**params, 'params': moved}
+  def whole(trained):
+    return {**params, 'params': trained}
 
-  def value_and_grad_fn(moved):
-    value, grads = extra_args['value_and_grad_fn'](whole(moved))
+  def value_and_grad_fn(trained):
+    value, grads = extra_args['value_and_grad_fn'](whole(trained))
     return value, grads['params']
 
   wrapped = {
-    'grad_fn': lambda moved: extra_args['grad_fn'](whole(moved))['params'],
+    'grad_fn': lambda trained: extra_args['grad_fn'](whole(trained))['params'],
     'value_and_grad_fn': value_and_grad_fn,
   }
   return {name: wrapped.get(name, x) for name, x in extra_args.items()}

@@ -35,7 +35,7 @@ def value_and_grad(
   perturbation_dtype: Any = None,
   compile_once: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
-  """Takes the place of ``nnx.value_and_grad``: the gradient is sharpness-aware.
+  """A drop-in replacement for ``nnx.value_and_grad``, with a sharpness-aware gradient.
 
   The value, the auxiliary output and whatever the pass does to the model and the
   other arguments (BatchNorm statistics, random counters, metrics) are those of the
@@ -54,7 +54,7 @@ def value_and_grad(
       several of these, which move together. An argument may also be a tuple, list or
       dict of models, or a state that was split off a model.
     has_aux: whether ``loss_fn`` returns ``(scalar, aux)``.
-    mask: which leaves are moved, in the structure of the gradients, see
+    mask: which leaves are perturbed, in the structure of the gradients, see
       :func:`sharpness_aware`.
     axis_name: the mapped axis over which the gradient at the probe is averaged.
     sync_ascent: whether to average the gradient for the ascent as well.
@@ -70,7 +70,7 @@ def value_and_grad(
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
     ``((value, aux), grads)``; ``grads`` has the structure that ``nnx.value_and_grad``
     gives. (In NNX's tree mode that is the model itself, with gradients of all its
-    variables. Its ``nnx.Param`` are moved, and the others stay where they are.)
+    variables. Its ``nnx.Param`` are perturbed, and the others stay where they are.)
 
   Raises:
     TypeError: if ``metric`` is no metric, a parameter not real floating point, or what
@@ -107,11 +107,13 @@ def value_and_grad(
   _check_unbound(loss_fn)
   # Raises early what it raises.
   gradients.without_state(metric, rho, combination, mask=mask, **options)
-  take = _in_one_loop if compile_once else _in_two_copies
+  passes = _in_one_loop if compile_once else _in_two_copies
 
   def value_and_grad_at_probe(*args, **kwargs):
     start = _start(loss_fn, args, kwargs, argnums, has_aux)
-    return take(start, metric, rho, combination, mask=_trained(mask, start), **options)
+    return passes(
+      start, metric, rho, combination, mask=_trained(mask, start), **options
+    )
 
   # A loss function may be a module, whose attributes are not to be copied.
   return functools.update_wrapper(value_and_grad_at_probe, loss_fn, updated=())
@@ -165,8 +167,8 @@ def grad_fn(
     ...   return loss
     >>> loss = train_step(model, optimizer, jnp.ones((4, 2)), jnp.ones((4, 1)))
   """
-  take = value_and_grad_fn(loss_fn, *args, argnums=argnums, has_aux=has_aux, **kwargs)
-  return lambda params: take(params)[1]
+  both = value_and_grad_fn(loss_fn, *args, argnums=argnums, has_aux=has_aux, **kwargs)
+  return lambda params: both(params)[1]
 
 
 def value_and_grad_fn(
@@ -200,18 +202,18 @@ def value_and_grad_fn(
     >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
     >>> optimizer = nnx.Optimizer(model, sam(rho=0.05), wrt=nnx.Param)
     >>> loss_fn = lambda model: jnp.sum(model.kernel[...])
-    >>> take = flax_nnx.value_and_grad_fn(loss_fn, model)
+    >>> f = flax_nnx.value_and_grad_fn(loss_fn, model)
     >>> loss, grads = nnx.value_and_grad(loss_fn)(model)
-    >>> _ = optimizer.update(model, grads, value_and_grad_fn=take, value=loss)
+    >>> _ = optimizer.update(model, grads, value_and_grad_fn=f, value=loss)
     >>> print(f"{optax.tree.get(optimizer.opt_state, 'rise')[...]:.4f}")  # 0.05·√2
     0.0707
   """
   _check_unbound(loss_fn)
   start = _start(loss_fn, args, kwargs, argnums, has_aux)
 
-  def take_at(params):
+  def at(params):
     probe = _by_path(params, start.argnums)
-    value, grads = _take(start)(*_merge(start, probe))
+    value, grads = _differentiated(start)(*_merge(start, probe))
     grads = _by_path(grads, start.argnums)
     if missing := [path for path in probe if path not in grads]:
       raise ValueError(
@@ -222,7 +224,7 @@ def value_and_grad_fn(
       )
     return value[0] if has_aux else value, _fill(params, grads, start.argnums)
 
-  return take_at
+  return at
 
 
 class _Start(NamedTuple):
@@ -266,11 +268,11 @@ def _start(loss_fn, args, kwargs, argnums, has_aux):
 
 def _in_two_copies(start, metric, rho, combination, **options):
   update = gradients.without_state(metric, rho, combination, **options)
-  take = _take(start)
-  value, grads = take(*start.inputs)
+  differentiate = _differentiated(start)
+  value, grads = differentiate(*start.inputs)
 
   def grad_fn(probe):
-    return take(*_merge(start, _by_path(probe, start.argnums)))[1]
+    return differentiate(*_merge(start, _by_path(probe, start.argnums)))[1]
 
   return value, update(grads, start.params, grad_fn)
 
@@ -286,15 +288,15 @@ def _in_one_loop(start, metric, rho, combination, **options):
     _check_arrays(aux)
     return value, (aux, _changed(inputs, before, trained))
 
-  take = gradients.value_and_grad(
+  value_and_grad_of = gradients.value_and_grad(
     pure, metric, rho, combination, has_aux=True, compile_once=True, **options
   )
-  (value, (aux, changed)), grads = take(start.params)
+  (value, (aux, changed)), grads = value_and_grad_of(start.params)
   nnx.update(start.inputs, changed)
   return (value, aux) if start.has_aux else value, grads
 
 
-def _take(start):
+def _differentiated(start):
   return nnx.value_and_grad(start.loss_fn, argnums=start.argnums, has_aux=start.has_aux)
 
 
@@ -345,12 +347,12 @@ def _trained(mask, start):
       is_leaf=_is_variable,
     )
 
-  moved = _masks.resolve_mask(
+  has_param = _masks.resolve_mask(
     jax.tree.map(trained, start.params, is_leaf=_is_node), start.params
   )
-  if all(jax.tree.leaves(moved)):
+  if all(jax.tree.leaves(has_param)):
     return mask
-  return jax.tree.map(operator.and_, _masks.resolve_mask(mask, start.params), moved)
+  return jax.tree.map(operator.and_, _masks.resolve_mask(mask, start.params), has_param)
 
 
 def _is_variable(x):

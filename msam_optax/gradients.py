@@ -1,4 +1,4 @@
-"""The two-pass method as a function that takes gradients."""
+"""The two-pass method as a drop-in replacement for ``jax.value_and_grad``."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -47,33 +47,34 @@ def value_and_grad(
   loss_scale: float | jax.Array | None = None,
   compile_once: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
-  """Takes the place of ``jax.value_and_grad``: the gradient is sharpness-aware.
+  """A drop-in replacement for ``jax.value_and_grad``, with a sharpness-aware gradient.
 
   The value (and the auxiliary output) are those at the parameters ``w``, the
-  gradient is the one at the probe ``w + δ``, ``δ = ρ G⁻¹g/√(gᵀG⁻¹g)``. Nothing
-  else in a training loop changes, so this works under every Optax wrapper and in
-  every trainer; :func:`sharpness_aware` is the same as an Optax transformation,
-  with schedules and with scalars to log.
+  gradient is the one at the probe ``w + δ``, ``δ = ρ G⁻¹g/√(gᵀG⁻¹g)``, or what another
+  ``combination`` makes of the two. Nothing else in a training loop changes, so this
+  works under every Optax wrapper and in every trainer; :func:`sharpness_aware` is the
+  same as an Optax transformation, with schedules and with scalars to log.
 
-  The batch may be in parts: on the devices of a mapped axis (``axis_name``), in
-  micro-batches on each of them (``shards``), or both. By default every part goes
-  uphill on its own, and the gradients at their probes are averaged: m-sharpness,
-  with ``m`` the number of parts. With ``sync_ascent`` all go uphill together, along
-  the average of their gradients, which gives the same as the whole batch at once.
+  The batch may be divided: over the devices of a mapped axis (``axis_name``), into
+  micro-batches on each of them (``shards``), or both. By default each micro-batch
+  perturbs along its own gradient, and the gradients at their probes are averaged:
+  m-sharpness, with ``m`` the number of micro-batches. With ``sync_ascent`` all perturb
+  along the average of their gradients, which gives the same as the whole batch at once.
 
-  A mean over tokens or other examples that do not fill all parts alike needs
-  ``has_weight``: then ``loss_fn`` returns the sum over its examples and their number,
-  and every mean is one over examples, not over parts.
+  A mean over tokens or other examples of which micro-batches have different numbers
+  needs ``has_weight``: then ``loss_fn`` returns the sum over its examples and their
+  number, and every mean is one over examples, not over micro-batches.
 
   Args:
     loss_fn: function to differentiate; returns a scalar, see ``has_aux`` and
       ``has_weight``. Both passes call it with the same arguments, so also with the
       same random keys.
-    metric: what uphill means; one without state, e.g. ``monge(alpha=1.0)``.
+    metric: how the length of a perturbation is measured; one without state, e.g.
+      ``monge(alpha=1.0)``.
     rho: ``ρ``, the radius, scalar >= 0, a number or an array. For a schedule, make
       the function inside the training step and give ``rho=schedule(step)``.
     combination: what is made of the gradients, see :func:`sharpness_aware`; one without
-      state that takes its probes in every step, e.g. ``surrogate_gap(0.6)``.
+      state and with a probe in every step, e.g. ``surrogate_gap(0.6)``.
     argnums: positional argument, or arguments, that hold the parameters; negative
       numbers count from the back. Leaves that JAX cannot differentiate, as integers
       and functions, belong in another argument.
@@ -81,32 +82,29 @@ def value_and_grad(
       ``compile_once`` the latter holds arrays only.
     has_weight: whether the loss is ``(total, weight)``, two scalars: the sum over
       examples, and their number or summed weight, integer or real, which may not
-      depend on the parameters. The loss is ``total / weight``, of all parts together:
-      with ``axis_name`` the value is that of all devices. A part of weight zero adds
-      nothing. Value float32 or wider.
-    mask: which leaves of the parameters are moved, see :func:`sharpness_aware`.
+      depend on the parameters. The loss is ``total / weight``, each summed over all
+      micro-batches and, with ``axis_name``, over all devices. A micro-batch of weight
+      zero adds nothing. Value float32 or wider.
+    mask: which leaves of the parameters are perturbed, see :func:`sharpness_aware`.
       With several ``argnums`` it is for the tuple of these arguments.
     axis_name: the mapped axis over which the gradient at the probe is averaged. The
       value (without ``has_weight``) and the auxiliary output are those of each
       device. In the chain, ``loss = total / jax.lax.pmean(weight, axis_name)`` has the
       same mean over examples.
-    shards: number of micro-batches, >= 1, into which the batch is cut, consecutive
-      rows each. Without ``has_weight`` the ``loss_fn`` must take the mean over its
-      batch, and the value is the mean of theirs; the auxiliary output is stacked,
-      ``[shards, ...]``. Where ``jit`` has the batch on several devices and parts come
-      one after the other, begin the loss with ``batch =
-      jax.lax.with_sharding_constraint(batch, sharding)``, so that each is laid over
-      all: else every device may compute whole parts. With explicit sharding that is
-      done.
+    shards: number of micro-batches, >= 1. Row ``i`` of the batch is in micro-batch
+      ``i % shards``, as in ``optax.microbatching``, so that a batch that ``jit`` has
+      sharded over devices stays where it is. Without ``has_weight`` the ``loss_fn``
+      must return the mean over its batch, and the value is the mean of theirs; the
+      auxiliary output is stacked, ``[shards, ...]``.
     data_argnums: positional argument, or arguments, that hold the batch: ``shards``
       cuts every array with axes in them along its first axis, whose length is the same
       in all and a multiple of ``shards``. All else goes whole to each micro-batch:
       class weights, model state, random keys. By default the batch is the one argument
       besides the parameters that holds arrays with axes.
     data_argnames: keyword argument, or arguments, that hold the batch.
-    vectorize_shards: whether to take all micro-batches at once (``vmap``; as fast as
-      the whole batch, with a probe and a gradient in memory for each), and not one
-      after the other (``scan``; the memory of one).
+    vectorize_shards: whether to compute all micro-batches at once (``vmap``; as fast
+      as the whole batch, with a probe and a gradient in memory for each) instead of
+      one after the other (``scan``; the memory of one).
     sync_ascent: whether to average the gradient for the ascent as well.
     param_specs: how the parameters are sharded inside ``shard_map``, see
       :func:`sharpness_aware`.
@@ -152,13 +150,13 @@ def value_and_grad(
     >>> print(value, grads)
     5.0 -5.0
 
-    Of the examples one is padding, so the first micro-batch counts half as much:
+    Of the examples one is padding, so the second micro-batch counts half as much:
 
     >>> def loss(w, x, is_real):
     ...   return jnp.sum((x - w) ** 2 * is_real), jnp.sum(is_real)
-    >>> take = value_and_grad(
+    >>> f = value_and_grad(
     ...     loss, euclidean(), rho=0.5, shards=2, data_argnums=(1, 2), has_weight=True)
-    >>> value, grads = take(w, x, jnp.array([1.0, 0.0, 1.0, 1.0]))
+    >>> value, grads = f(w, x, jnp.array([1.0, 0.0, 1.0, 1.0]))
     >>> print(f'{value:.4f} {grads:.4f}')
     6.3333 -5.6667
 
@@ -166,9 +164,9 @@ def value_and_grad(
 
     >>> def loss(w, class_weights, x, label):
     ...   return jnp.mean(class_weights[label] * (x - w) ** 2)
-    >>> take = value_and_grad(
+    >>> f = value_and_grad(
     ...     loss, euclidean(), rho=0.5, shards=2, data_argnums=(2, 3))
-    >>> value, grads = take(w, jnp.array([1.0, 2.0]), x, jnp.array([0, 0, 1, 1]))
+    >>> value, grads = f(w, jnp.array([1.0, 2.0]), x, jnp.array([0, 0, 1, 1]))
     >>> print(value, grads)
     9.5 -8.5
 
@@ -178,7 +176,7 @@ def value_and_grad(
   """
   _check_loss_fn(loss_fn)
   _devices.check_axis_name(axis_name)
-  _check_parts(axis_name, shards, sync_ascent, vectorize_shards)
+  _check_division(axis_name, shards, sync_ascent, vectorize_shards)
   _check_data(shards, data_argnums, data_argnames)
   without_state(
     metric,
@@ -273,8 +271,8 @@ def without_state(
   tx = transformation.sharpness_aware(metric, rho, combination, **options)
   if combination.due is not None:
     raise ValueError(
-      'This combination decides from step to step whether to take its probes (`due`),'
-      ' and `value_and_grad` takes them always: use the transformation'
+      'This combination decides from step to step whether it has probes (`due`), and'
+      ' `value_and_grad` has them in every step: use the transformation'
       ' `sharpness_aware(metric, rho, combination)` in `optax.chain`.'
     )
 
@@ -303,13 +301,13 @@ def _check_states(metric, combination, params):
 
 
 def _whole(output, grads, axis_name):
-  """The loss and its gradient, of all parts together where they have weights."""
+  """The loss and its gradient, of the whole batch where there are weights."""
   if output.weight is None:
     return output.value, grads
   total, weight = output.value, output.weight
   if axis_name is not None:
     total, weight = jax.lax.psum((total, weight), axis_name)
-  # One, but 0/0 if all parts are empty, as a plain loss would have it.
+  # One, but 0/0 if the whole batch is empty, as a plain loss would have it.
   ratio = _numerics.divisor(weight) / weight
   return total / weight, _losses.map_gradients(
     lambda g: g * ratio.astype(g.dtype), grads
@@ -325,7 +323,7 @@ def _check_loss_fn(loss_fn):
     )
 
 
-def _check_parts(axis_name, shards, sync_ascent, vectorize):
+def _check_division(axis_name, shards, sync_ascent, vectorize):
   whole = isinstance(shards, (int, np.integer)) and not isinstance(shards, bool)
   if shards is not None and not (whole and shards >= 1):
     raise ValueError(f'`shards` must be a whole number >= 1, got {shards!r}.')
@@ -333,9 +331,9 @@ def _check_parts(axis_name, shards, sync_ascent, vectorize):
     raise ValueError('`vectorize_shards` needs `shards`, the number of micro-batches.')
   if sync_ascent and axis_name is None and shards is None:
     raise ValueError(
-      '`sync_ascent=True` averages the ascent gradient over the parts of a batch: name'
-      ' the mapped axis that they lie on, as in `axis_name="batch"`, or cut the batch'
-      ' with `shards`.'
+      '`sync_ascent=True` averages the gradient for the ascent over devices or'
+      ' micro-batches: name the mapped axis, as in `axis_name="batch"`, or give'
+      ' `shards`, the number of micro-batches.'
     )
 
 
@@ -362,14 +360,12 @@ def _check_scale(loss_scale, perturbation_dtype):
 
 
 def _check_overwritten(params, shards, axis_name):
-  parts = 'axis_name' if shards is None else 'shards'
+  argument = 'axis_name' if shards is None else 'shards'
   if (shards, axis_name) != (None, None) and any(
     jax.tree.leaves(_masks.overwritten(params))
   ):
     raise ValueError(
       f'The parameters hold the collection {_masks.OVERWRITTEN!r}, whose "gradients"'
-      f' are new values, and cannot be averaged over the parts of a batch that'
-      f' `{parts}` makes.'
-      ' Take gradients of the whole batch, under jit with sharded arrays if it is on'
-      ' several devices.'
+      f' are new values, which `{argument}` cannot average. Give the whole batch, under'
+      ' jit with sharded arrays if it is on several devices.'
     )

@@ -60,7 +60,7 @@ def rise(
     params: ``w``, a pytree of real floating-point arrays.
     metric: ``G``, e.g. ``monge()``; with a state, its first step.
     rho: ``ρ``, scalar >= 0.
-    mask: which leaves are moved, by default all; see :func:`perturb`.
+    mask: which leaves are perturbed, by default all; see :func:`perturb`.
 
   Returns:
     A :class:`Rise`.
@@ -98,7 +98,7 @@ def mean_rise(
   """The rise of :func:`rise`, averaged over shards of data: m-sharpness.
 
   Each shard has a gradient and a perturbation of its own:
-  ``mean_b [ℓ_b(w + δ(∇ℓ_b)) − ℓ_b(w)]``. The shards are taken one after the other.
+  ``mean_b [ℓ_b(w + δ(∇ℓ_b)) − ℓ_b(w)]``. They are computed one after the other.
 
   Args:
     loss: ``(params, shard) -> scalar``.
@@ -106,7 +106,7 @@ def mean_rise(
     shards: pytree of arrays ``[m, …]``: ``m`` shards of data, stacked.
     metric: ``G``, e.g. ``monge()``.
     rho: ``ρ``, scalar >= 0.
-    mask: which leaves are moved, by default all; see :func:`perturb`.
+    mask: which leaves are perturbed, by default all; see :func:`perturb`.
 
   Returns:
     A :class:`Rise` of means over the shards.
@@ -146,7 +146,7 @@ def hessian_trace(
     params: a pytree of real floating-point arrays.
     key: a random key.
     samples: how many vectors, >= 1; each costs one Hessian-vector product, and all
-      are taken at once.
+      are computed at once.
 
   Returns:
     Scalar, float32 or wider.
@@ -262,7 +262,7 @@ def stability(
     params: ``w``, a pytree of real floating-point arrays, ``n`` numbers in all.
     metric: ``G``, e.g. ``monge()``.
     rho: ``ρ``, scalar >= 0.
-    mask: which leaves are moved, by default all; see :func:`perturb`.
+    mask: which leaves are perturbed, by default all; see :func:`perturb`.
     fixed_radius: the paper's form (for metrics that act on each coordinate by
       itself, and Monge over them), or else the exact Jacobian.
     k: how many eigenvalues; all by default, which takes the dense matrix.

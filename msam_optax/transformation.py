@@ -23,7 +23,7 @@ from msam_optax import spaces
 
 
 class Options(TypedDict, total=False):
-  """The keyword arguments of :func:`sharpness_aware`, which every method takes."""
+  """The keyword arguments of :func:`sharpness_aware`, which every method has."""
 
   mask: Any
   axis_name: Any
@@ -48,7 +48,7 @@ class SharpnessAwareState(NamedTuple):
       is negative at a small radius, what came into ``update`` was no gradient.
     finite: bool, whether the update is finite, so the gradient at the params and the
       one at the probe; True before the first step. (Inside ``optax.MultiSteps`` it is
-      that of the last step that was taken: put the method before it in a chain.)
+      that of the last step that was made: put the method before it in a chain.)
     metric_state: the metric's own state, of the leaves that are perturbed.
     combination_state: the combination's own state.
   """
@@ -77,11 +77,11 @@ def sharpness_aware(
   param_specs: Any = None,
   perturbation_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Replaces the gradient by the gradient at the worst point nearby.
+  """Replaces the gradient with the gradient at the worst point nearby.
 
-  ``update`` takes the gradient ``g`` at the parameters ``w``, goes uphill to the
-  probe ``w + δ``, ``δ = ρ G⁻¹g/√(gᵀG⁻¹g)``, and returns the gradient there, to be
-  chained with any optimizer::
+  ``update`` gets the gradient ``g`` at the parameters ``w``, moves uphill to the
+  probe ``w + δ``, ``δ = ρ G⁻¹g/√(gᵀG⁻¹g)``, and returns the gradient there (or what
+  another ``combination`` makes of both), for any optimizer behind it in a chain::
 
     tx = optax.chain(sharpness_aware(monge(), rho=0.05), optax.adam(1e-3))
     grad_fn = lambda params: jax.grad(loss)(params, batch)
@@ -90,7 +90,7 @@ def sharpness_aware(
   ``update`` needs ``params`` and one of the keyword arguments ``grad_fn(params) ->
   grads`` and ``value_and_grad_fn(params) -> (value, grads)``; the latter also
   records the loss at the probe and, if ``value=`` (the loss at ``w``) is given,
-  its rise. Other extra arguments are left to others in the chain.
+  its rise. All extra arguments reach the metric and the rest of the chain.
 
   **It comes first in the chain.** What reaches it must be the gradient at ``params``:
   behind an optimizer it would perturb downhill and return a gradient that is added to
@@ -103,32 +103,33 @@ def sharpness_aware(
   in the same leaves, so that ``optax.apply_if_finite`` sees it. The same holds for a
   gradient at the probe that is not finite. Under loss scaling that happens first, and
   the scaler's own flag covers the clean pass only: ``optax.tree.get(state, 'finite')``
-  covers both. Leaves whose
-  gradient is None are not moved. The collection in which Flax keeps its FP8 scaling
-  factors is not moved either, and gets the new values of the clean pass.
+  covers both. Leaves whose gradient is None are not perturbed. The collection in which
+  Flax keeps its FP8 scaling factors is not perturbed either, and gets the new values of
+  the clean pass.
 
   Args:
-    metric: what uphill means, e.g. ``monge()`` or ``euclidean()``.
+    metric: how the length of a perturbation is measured, e.g. ``monge()`` or
+      ``euclidean()``.
     rho: ``ρ``, the radius, scalar >= 0: a number, an array, or an Optax schedule,
       counted in calls of ``update``.
-    combination: what is made of the gradients that the step has seen, e.g.
-      ``surrogate_gap(0.6)``; by default the gradient at the probe.
-    mask: which leaves are moved and are part of the norm, in Optax's convention: a
-      tree of bools like the params (or a prefix of it), or a function from params
-      to one. By default all; they must be real floating point.
+    combination: the update that is made of the gradients, e.g. ``surrogate_gap(0.6)``;
+      by default the gradient at the probe.
+    mask: which leaves are perturbed, in Optax's convention: a tree of bools like the
+      params (or a prefix of it), or a function from params to one. The metric sees no
+      others. By default all; they must be real floating point.
     axis_name: the mapped axis (of ``pmap``, ``vmap`` or ``shard_map``) over which the
       gradient at the probe is averaged, and so are the scalars in the state. The
       params must be replicated over it; under ``jit`` with sharded arrays, which may
       be sharded in any way, nothing is to be named.
-    sync_ascent: whether to average the gradient for the ascent over ``axis_name``,
-      too. By default each replica goes uphill on its own (m-sharpness).
+    sync_ascent: whether to average the gradient for the ascent over ``axis_name`` as
+      well. By default each replica perturbs along its own (m-sharpness).
     param_specs: how the params are sharded inside ``shard_map``: the tree of
       ``PartitionSpec`` (or a prefix of it) that it has as ``in_specs`` for them.
       The norm is then that of the whole, summed over the axes that they name. By
       default each device has all of every leaf.
     perturbation_dtype: floating dtype in which ascent and probe are computed and
       ``grad_fn`` is called, by default that of the params. bfloat16 parameters
-      round small perturbations away: take ``jnp.float32`` and let the model cast.
+      round small perturbations away: give ``jnp.float32`` and let the model cast.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` whose updates have exactly the
@@ -323,7 +324,7 @@ def normalize_by(
 
 
 def _fast(params):
-  """The parameters that gradients are taken at, where optax.lookahead has two sets."""
+  """The parameters that the loss is evaluated at: optax.lookahead has two sets."""
   return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 

@@ -136,7 +136,7 @@ def test_value_not_scalar():
 @pytest.mark.parametrize(
   ('change', 'error', 'message'),
   [
-    (lambda g: {**g, 'd': g['a']}, ValueError, r"one leaf too many at \['d'\]"),
+    (lambda g: {**g, 'd': g['a']}, ValueError, r"an extra leaf at \['d'\]"),
     (lambda g: {'a': g['a']}, ValueError, r"has no leaf at \['b'\]\['c'\]"),
     (lambda g: {**g, 'a': g['a'].T}, ValueError, r"at \['a'\] its shape is \(3, 2\)"),
     (
@@ -144,7 +144,7 @@ def test_value_not_scalar():
       TypeError,
       r"at \['b'\]\['c'\] its dtype is bfloat16, not float32",
     ),
-    (lambda g: [g['a'], g['b']], ValueError, r'one leaf too many at \[0\]'),
+    (lambda g: [g['a'], g['b']], ValueError, r'an extra leaf at \[0\]'),
   ],
   ids=['leaf-more', 'leaf-less', 'shape', 'dtype', 'structure'],
 )
