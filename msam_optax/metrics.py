@@ -281,13 +281,14 @@ def spectral(other: Metric = euclidean(), *, matrices: Any = None) -> Metric:
   ``√r`` times as large. A radius that is right for SAM is to be divided by about the
   root of the sum of all ranks.
 
-  ``UVᵀ`` is computed as ``optax.contrib.muon`` does, by Newton–Schulz steps: five with
+  ``UVᵀ`` is computed by the Newton–Schulz steps of ``optax.contrib.muon``: five with
   Muon's coefficients, which leave singular values between 0.7 and 1.2, and three that
-  converge to 1. Where a singular value of ``g`` is more than 0.001 of the Frobenius
-  norm, that of the direction is 1 within 0.0001. What is smaller, ``σ‖g‖``, becomes
-  less than 1, at most ``3200 σ``, and zero stays zero: a gradient of low rank has a
-  direction of low rank. The length of the direction is then still 1, the slope still
-  ``⟨g, direction⟩``, and less than the nuclear norm by no more than what it leaves out.
+  converge to 1. A singular value of ``g`` above 0.001 of the Frobenius norm becomes 1
+  to four digits. A smaller one, ``σ‖g‖``, becomes less than 1, about ``3200 σ``, and
+  one that is zero stays so to rounding: a gradient of low rank has a direction of low
+  rank. The largest is 1 always, so the direction has unit length, and the slope is
+  ``⟨g, direction⟩`` always; it is below the nuclear norm by at most the sum of the
+  small singular values.
 
   Args:
     other: the metric of all leaves that are no matrices, together.
