@@ -438,11 +438,18 @@ def _matrix_ascent(g: jax.Array) -> Ascent:
     return Ascent(g, norm)
   # Any matrix of unit length instead of zero, whose norm has no derivative.
   unit = jnp.where(norm > 0, unit, g.size**-0.5)
-  # Optax up to 0.2.5 multiplies what is wider than high.
-  wide = g.shape[0] < g.shape[1]
-  polar = _newton_schulz(unit.T if wide else unit)
-  direction = jnp.where(norm > 0, polar.T if wide else polar, 0.0)
+  direction = jnp.where(norm > 0, _orthogonalize(unit), 0.0)
   return Ascent(direction.astype(g.dtype), norm * spaces.LOCAL.dot(unit, direction))
+
+
+def _orthogonalize(x):
+  """The same as :func:`_newton_schulz`, also where shardings are a part of types."""
+  sharding = _devices.explicit_sharding(x)
+  if sharding is None:
+    return _newton_schulz(x)
+  # A sharded matrix has no product with its transpose there: both axes would be one.
+  whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  return jax.sharding.reshard(_newton_schulz(jax.sharding.reshard(x, whole)), sharding)
 
 
 def _newton_schulz(x: jax.Array) -> jax.Array:
@@ -450,14 +457,17 @@ def _newton_schulz(x: jax.Array) -> jax.Array:
   tx = optax.contrib.scale_by_muon(
     _NEWTON_SCHULZ, len(_NEWTON_SCHULZ), beta=0.0, nesterov=False
   )
+  # Optax up to 0.2.5 multiplies the result by more than 1 for what is wider than high.
+  wide = x.shape[0] < x.shape[1]
+  tall = x.T if wide else x
   # Optax relies on implicit promotion; accelerators multiply with 8 to 10 bits.
   with (
     jax.numpy_dtype_promotion('standard'),
     jax.numpy_rank_promotion('allow'),
     jax.default_matmul_precision('highest'),
   ):
-    polar, _ = tx.update(x, tx.init(x))
-  return jnp.asarray(polar)
+    polar = jnp.asarray(tx.update(tall, tx.init(tall))[0])
+  return polar.T if wide else polar
 
 
 def _only_where(usable: jax.Array, ascent: Ascent) -> Ascent:
