@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from msam_optax import _devices
 from msam_optax import _losses
-from msam_optax import _masks
 from msam_optax import _microbatches
 from msam_optax import _numerics
 from msam_optax import _passes
@@ -60,7 +59,7 @@ def in_a_row(
       begin,
       evaluate,
       setting,
-      metric_state=_metric_state(begin, setting),
+      metric_state=_passes.init_metric(setting, begin.params),
       average=average,
     )
     return output, (begin.grads, *probes.grads)
@@ -111,7 +110,7 @@ def in_one_loop(
         begin,
         evaluate,
         setting,
-        metric_state=_metric_state(begin, setting),
+        metric_state=_passes.init_metric(setting, begin.params),
         scales=(scale,),
         average=average,
       )
@@ -151,10 +150,6 @@ def _clean_among(last, i):
     return last[-1]
   turns_ago = jnp.maximum(i - 1, 0)
   return jax.tree.map(functools.partial(jax.lax.select_n, turns_ago), *last[:0:-1])
-
-
-def _metric_state(begin, setting):
-  return setting.metric.init(_masks.restrict(begin.params, begin.perturbed))
 
 
 def _mean(axis_name, weight):

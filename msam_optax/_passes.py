@@ -53,17 +53,33 @@ class Probes(NamedTuple):
 
   Attributes:
     grads: the gradient at each probe, a tuple of pytrees like the params.
-    slope: scalar, the metric's.
-    radius: scalar, the distance of the first probe from the parameters.
+    slope: scalar, the metric's; None if there is no probe.
+    radius: scalar, the distance of the first probe from the parameters, or None.
     value: scalar, the loss at the first probe, or None.
     metric_state: the metric's next state.
   """
 
   grads: tuple[Any, ...]
-  slope: jax.Array
-  radius: jax.Array
+  slope: jax.Array | None
+  radius: jax.Array | None
   value: Any
   metric_state: Any
+
+
+def init_metric(setting: Setting, params: Any) -> Any:
+  """The first state of the metric, which sees the leaves that are perturbed."""
+  if not jax.tree.leaves(params):  # What optax.tree.map_params gives.
+    return setting.metric.init(params)
+  perturbed = _masks.perturbed(setting.mask, params)
+  _checks.check_any(perturbed)
+  _checks.check_params(params, perturbed)
+  return setting.metric.init(_masks.restrict(params, perturbed))
+
+
+def init_combination(setting: Setting, params: Any) -> Any:
+  """The first state of the combination, which sees the leaves that have gradients."""
+  real = _masks.restrict_to_real(params, _masks.trained(params))
+  return setting.combination.init(real)
 
 
 def start(grads: Any, params: Any, setting: Setting) -> Start:

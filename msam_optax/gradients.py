@@ -219,8 +219,9 @@ def value_and_grad(
   def value_and_grad_fn(*args, **kwargs):
     _microbatches.positions('argnums', argnums, args, kwargs)
     params = _loops.select(args, argnums)
-    _check_states(metric, combination, params)
     _checks.check_differentiable(params)
+    combination_state = _passes.init_combination(setting, params)
+    _check_stateless(_passes.init_metric(setting, params), combination_state)
     _devices.check_axes(params, param_specs, axis_name)
     _check_overwritten(params, shards, axis_name)
     output, grads = gradients_of(*args, **kwargs)
@@ -231,7 +232,7 @@ def value_and_grad(
       averaged = ()
     space = spaces.over(axis_name, param_specs, weight=output.weight, averaged=averaged)
     grads, _ = _passes.combine(
-      grads, combination.init(params), space, setting, like=grads[0], params=params
+      grads, combination_state, space, setting, like=grads[0], params=params
     )
     value, grads = _whole(output, grads, axis_name)
     grads = jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
@@ -277,22 +278,23 @@ def without_state(
     )
 
   def update(grads, params, grad_fn):
-    _check_states(metric, combination, params)
-    new, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+    state: Any = tx.init(params)
+    _check_stateless(state.metric_state, state.combination_state)
+    new, _ = tx.update(grads, state, params, grad_fn=grad_fn)
     return new
 
   return update
 
 
-def _check_states(metric, combination, params):
+def _check_stateless(metric_state, combination_state):
   """Raises if there is a state, which a function has nowhere to keep."""
-  if jax.tree.leaves(metric.init(params)):
+  if jax.tree.leaves(metric_state):
     raise ValueError(
       'This metric keeps a state from step to step (a schedule for `alpha`, for'
       ' example, counts), and `value_and_grad` has nowhere to keep it: use the'
       ' transformation `sharpness_aware(metric, rho)` in `optax.chain`.'
     )
-  if jax.tree.leaves(combination.init(params)):
+  if jax.tree.leaves(combination_state):
     raise ValueError(
       'This combination keeps a state from step to step, and `value_and_grad` has'
       ' nowhere to keep it: use the transformation `sharpness_aware(metric, rho,'

@@ -447,7 +447,7 @@ def _orthogonalize(x):
   sharding = _devices.explicit_sharding(x)
   if sharding is None:
     return _newton_schulz(x)
-  # A sharded matrix has no product with its transpose there: both axes would be one.
+  # A sharded matrix has no product with its own transpose there.
   whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
   return jax.sharding.reshard(_newton_schulz(jax.sharding.reshard(x, whole)), sharding)
 

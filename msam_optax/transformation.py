@@ -63,9 +63,6 @@ class SharpnessAwareState(NamedTuple):
   combination_state: Any
 
 
-_SCALARS = ('slope', 'radius', 'probe_value', 'rise')
-
-
 def sharpness_aware(
   metric: metrics.Metric,
   rho: _hyperparameters.Hyperparameter,
@@ -176,22 +173,14 @@ def sharpness_aware(
     params = _fast(params)
     _checks.check_unmasked(params)
     _checks.check_arrays(params)
-    perturbed = params
-    # optax.tree.map_params calls with a stand-in without leaves.
-    if jax.tree.leaves(params):
-      chosen = _masks.perturbed(mask, params)
-      _checks.check_any(chosen)
-      _checks.check_params(params, chosen)
-      perturbed = _masks.restrict(params, chosen)
-    has_gradient = _masks.trained(params)
     # Four arrays, not four times one: a donated buffer may be given only once.
     zeros = [jnp.zeros([], _numerics.wide_dtype(params)) for _ in range(4)]
     return SharpnessAwareState(
       jnp.zeros([], jnp.int32),
       *zeros,
       finite=jnp.ones([], bool),
-      metric_state=metric.init(perturbed),
-      combination_state=combination.init(_masks.restrict_to_real(params, has_gradient)),
+      metric_state=_passes.init_metric(setting, params),
+      combination_state=_passes.init_combination(setting, params),
     )
 
   def update(
@@ -217,14 +206,17 @@ def sharpness_aware(
     like = _masks.fill(updates, begin.present, params)
     wanted = _masks.leave_out(begin.grads, begin.present)
 
-    def combine(*probe_grads):
-      grads, combination_state = (
-        (begin.grads, *probe_grads),
+    def combine(probes):
+      new_updates, combination_state = _passes.combine(
+        (begin.grads, *probes.grads),
         state.combination_state,
+        space,
+        setting,
+        like=like,
+        params=params,
       )
-      return _passes.combine(
-        grads, combination_state, space, setting, like=like, params=params
-      )
+      scalars = _scalars(probes, value, state, average)
+      return new_updates, combination_state, probes.metric_state, scalars
 
     def with_probes():
       probes = _passes.at_probes(
@@ -236,21 +228,10 @@ def sharpness_aware(
         average=ascent_mean,
         extra_args=extra_args if value is None else {**extra_args, 'value': value},
       )
-      recorded = {
-        'slope': probes.slope,
-        'radius': probes.radius,
-        'probe_value': probes.value,
-        'rise': _rise(value, probes.value),
-      }
-      scalars = {
-        name: _record(average(x), like=getattr(state, name))
-        for name, x in recorded.items()
-      }
-      return *combine(*probes.grads), probes.metric_state, scalars
+      return combine(probes)
 
     def without_probes():
-      scalars = {name: _record(None, like=getattr(state, name)) for name in _SCALARS}
-      return *combine(), state.metric_state, scalars
+      return combine(_passes.Probes((), None, None, None, state.metric_state))
 
     if combination.due is None:
       results = with_probes()
@@ -367,6 +348,17 @@ def _rise(value, probe_value):
   )
 
 
-def _record(new, *, like):
-  """``new`` as an array of the type that the state has; zero for None."""
-  return jnp.zeros_like(like) if new is None else jnp.asarray(new, like.dtype)
+def _scalars(probes, value, state, average):
+  """What is recorded of a step, in the types that the state has; zero for None."""
+  recorded = {
+    'slope': probes.slope,
+    'radius': probes.radius,
+    'probe_value': probes.value,
+    'rise': _rise(value, probes.value),
+  }
+
+  def record(name, new):
+    old = getattr(state, name)
+    return jnp.zeros_like(old) if new is None else jnp.asarray(average(new), old.dtype)
+
+  return {name: record(name, new) for name, new in recorded.items()}
