@@ -409,13 +409,13 @@ def _check_ascent(metric, grads, params, where, *, matrix, rtol, extra_args, kep
 
   g, d, slope = _flat(grads), _flat(ascent.direction), float(ascent.slope)
   rtol = max([rtol, *(_precision(x) for x in jax.tree.leaves(grads))])
+  with _promise(f'The slope is positive where the gradient is not zero ({where}).'):
+    _expect(slope > 0, f'The slope is {slope:.6g}.')
   with _promise(f'The slope of a metric is ⟨g, direction⟩ ({where}).'):
     _expect(
       abs(slope - g @ d) <= rtol * (np.abs(g) @ np.abs(d)),
       f'The slope is {slope:.6g}, and ⟨g, direction⟩ is {g @ d:.6g}.',
     )
-  with _promise(f'The slope is positive where the gradient is not zero ({where}).'):
-    _expect(slope > 0, f'The slope is {slope:.6g}.')
   if matrix is not None:
     G = _matrix(matrix, g, params, kept)
     with _promise(f'The direction is of length one under the metric ({where}).'):
@@ -581,7 +581,9 @@ def _check_combined(combination, grads, params, where, rtol):
       chex.assert_tree_all_finite(update)
     if combination.due is not None:
       with _promise(f'`due` is a bool, one scalar ({where}).'):
-        due = jax.eval_shape(combination.due, grads[0], state, spaces.LOCAL)
+        due = jax.eval_shape(
+          lambda g, state: combination.due(g, state, spaces.LOCAL), grads[0], state
+        )
         chex.assert_shape(due, ())
         chex.assert_type(due, bool)
     return state, result
