@@ -115,7 +115,10 @@ def assert_metric(
   check = functools.partial(
     _check_ascent, metric, matrix=matrix, rtol=rtol, extra_args=extra_args
   )
+  call = functools.partial(_ascend, metric, extra_args=extra_args)
   state, ascent = check(grads, params, 'gradients as given')
+  with _promise('A metric is pure: the same arguments give the same again.'):
+    chex.assert_trees_all_equal(call(grads, state, params)[0], ascent)
   for name in _dtypes():
     check(_cast(grads, name), _cast(params, name), f'gradients and params in {name}')
 
@@ -127,7 +130,6 @@ def assert_metric(
       with _promise(f'The direction does not depend on the scale of g ({where}).'):
         _assert_close(at_size.direction, ascent.direction, rtol)
 
-  call = functools.partial(_ascend, metric, extra_args=extra_args)
   zeros = jax.tree.map(jnp.zeros_like, grads)
   with _promise('Direction and slope are zero where the gradient is.'):
     at_zero, _ = call(zeros, state, params)
@@ -143,7 +145,7 @@ def assert_metric(
     _, marked = call(_with_entry(grads, jnp.nan), state, params)
     after, _ = call(grads, marked, params)
     chex.assert_tree_all_finite(after)
-  _check_pure(call, grads, params, state, rtol)
+  _check_compiled(call, grads, params, state, rtol)
 
 
 def assert_combination(
@@ -525,12 +527,10 @@ def _check_sharded(metric, grads, params, ascent, rtol, extra_args):
     _assert_close(parts.direction, whole, rtol)
 
 
-def _check_pure(call, grads, params, state, rtol):
-  with _promise('A metric is pure: the same arguments give the same again.'):
-    results = [call(grads, state, params) for _ in range(2)]
-    chex.assert_trees_all_equal(*results)
+def _check_compiled(call, grads, params, state, rtol):
   with _promise('Under `jit` a metric does what it does without.'):
-    _assert_close(jax.jit(call)(grads, state, params), results[0], rtol)
+    compiled = jax.jit(call)(grads, state, params)
+    _assert_close(compiled, call(grads, state, params), rtol)
 
   rows = [_scaled(factor, grads) for factor in (1.0, 0.0, -0.5)]
   stacked = _stack(*rows)
@@ -589,6 +589,8 @@ def _check_combined(combination, grads, params, where, rtol):
     return state, result
 
   state, result = check(grads, params, where)
+  with _promise(f'A combination is pure: the same again ({where}).'):
+    chex.assert_trees_all_equal(combine(grads, state), result)
   for name in _dtypes():
     check(_cast(grads, name), _cast(params, name), f'{where}, in {name}')
   largest = float(np.max(np.abs(_flat(grads))))
@@ -616,8 +618,6 @@ def _check_combined(combination, grads, params, where, rtol):
         chex.assert_tree_all_finite(combine(grads, marked_state)[0])
   _check_replicas(combination, grads, state, result, where, rtol)
 
-  with _promise(f'A combination is pure: the same again ({where}).'):
-    chex.assert_trees_all_equal(combine(grads, state), result)
   with _promise(f'Under `jit` it does what it does without ({where}).'):
     _assert_close(jax.jit(combine)(grads, state), result, rtol)
   twice = jax.tree.map(lambda g: jnp.stack([g, g]), grads)
