@@ -87,7 +87,8 @@ def assert_metric(
 
   Raises:
     AssertionError: if the contract is broken.
-    ValueError: if ``grads`` are not like ``params``, zero, or not finite.
+    ValueError: if ``grads`` are not like ``params``, zero, or not finite, or if their
+      dtype has no numbers of one of the ``magnitudes``.
 
   Examples:
     >>> import jax.numpy as jnp, numpy as np
@@ -122,10 +123,9 @@ def assert_metric(
   for name in _dtypes():
     check(_cast(grads, name), _cast(params, name), f'gradients and params in {name}')
 
-  largest = float(np.max(np.abs(_flat(grads))))
   for size in magnitudes:
     where = f'gradients up to {size:.0e}'
-    _, at_size = check(_scaled(size / largest, grads), params, where)
+    _, at_size = check(_of_magnitude(size, grads), params, where)
     if scale_invariant:
       with _promise(f'The direction does not depend on the scale of g ({where}).'):
         _assert_close(at_size.direction, ascent.direction, rtol)
@@ -153,6 +153,7 @@ def assert_combination(
   grads: Sequence[Any],
   params: Any,
   *,
+  magnitudes: Sequence[float] = (1e-20, 1e20),
   rtol: float = 0.0,
 ) -> None:
   """Raises unless a combination keeps the contract of :class:`Combination`.
@@ -175,6 +176,7 @@ def assert_combination(
     grads: ``(g, g₁, …)``, one more than the combination has ``scales``: pytrees of real
       floating-point arrays, not all zero, of ordinary size.
     params: pytree like ``g``.
+    magnitudes: the largest entry of the gradients that it must be right for.
     rtol: relative tolerance, where that of the dtype (1e-5 in float32) is smaller.
 
   Returns:
@@ -183,7 +185,7 @@ def assert_combination(
   Raises:
     AssertionError: if the contract is broken.
     ValueError: if the gradients are too few or many, not like ``params``, zero, or not
-      finite.
+      finite, or if their dtype has no numbers of one of the ``magnitudes``.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -217,7 +219,7 @@ def assert_combination(
   if combination.due is not None:
     sets['`(g,)` alone'] = grads[:1]
   for name, given in sets.items():
-    _check_combined(combination, given, params, name, rtol)
+    _check_combined(combination, given, params, name, magnitudes, rtol)
 
 
 def assert_method(
@@ -521,10 +523,8 @@ def _check_sharded(metric, grads, params, ascent, rtol, extra_args):
     parts = jax.vmap(of_part, axis_name=_AXIS)(
       *(jax.tree.map(cut, tree) for tree in (grads, params))
     )
-    slopes = _float64(parts.slope)
-    _assert_close(slopes, np.full(count, float(ascent.slope), slopes.dtype), rtol)
-    whole = jax.tree.map(cut, ascent.direction)
-    _assert_close(parts.direction, whole, rtol)
+    whole = jax.tree.map(cut, ascent.direction), jnp.stack([ascent.slope] * count)
+    _assert_close(tuple(parts), whole, rtol)
 
 
 def _check_compiled(call, grads, params, state, rtol):
@@ -556,7 +556,7 @@ def _check_compiled(call, grads, params, state, rtol):
 # Combinations.
 
 
-def _check_combined(combination, grads, params, where, rtol):
+def _check_combined(combination, grads, params, where, magnitudes, rtol):
   """All that holds for the gradients of a step, of all passes or the first alone."""
 
   def combine(grads, state):
@@ -593,9 +593,9 @@ def _check_combined(combination, grads, params, where, rtol):
     chex.assert_trees_all_equal(combine(grads, state), result)
   for name in _dtypes():
     check(_cast(grads, name), _cast(params, name), f'{where}, in {name}')
-  largest = float(np.max(np.abs(_flat(grads))))
-  for size in (0.0, 1e-20, 1e20):
-    scaled = _scaled(size / largest, grads)
+  check(_scaled(0.0, grads), params, f'{where}, all zero')
+  for size in magnitudes:
+    scaled = tuple(_of_magnitude(size, g) for g in grads)
     check(scaled, params, f'{where}, up to {size:.0e}')
   for path, _ in jax.tree_util.tree_leaves_with_path(params) if _many(params) else ():
     mask = _all_but(path, params)
@@ -961,6 +961,18 @@ def _all_but(path, tree):
 
 def _scaled(factor, tree):
   return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
+
+
+def _of_magnitude(size, tree):
+  """The tree with ``size`` as its largest magnitude."""
+  scaled = _scaled(size / float(np.max(np.abs(_flat(tree)))), tree)
+  if not _all_finite(scaled) or not np.any(_flat(scaled)):
+    dtypes = sorted({jnp.result_type(x).name for x in jax.tree.leaves(tree)})
+    raise ValueError(
+      f'Gradients in {", ".join(dtypes)} cannot be as large or small as {size:.0e}:'
+      ' give others as `magnitudes`, as in `magnitudes=(1e-3, 1e3)`.'
+    )
+  return scaled
 
 
 def _stack(*trees):

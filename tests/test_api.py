@@ -13,6 +13,7 @@ from msam_optax import flax_linen
 from msam_optax import flax_nnx
 from msam_optax import landscape
 from msam_optax import sharpness
+from msam_optax import testing
 from tests.problems import batch
 from tests.problems import loss
 from tests.problems import mlp_params
@@ -31,7 +32,7 @@ FUNCTIONS = (
 )
 FUNCTIONS |= {
   f'{module.__name__}.{name}': function
-  for module in (sharpness, landscape)
+  for module in (sharpness, landscape, testing)
   for name, function in vars(module).items()
   if inspect.isfunction(function)
   and function.__module__ == module.__name__
@@ -41,6 +42,7 @@ TUPLES = {
   name: getattr(msam_optax, name)
   for name in msam_optax.__all__
   if inspect.isclass(getattr(msam_optax, name))
+  and issubclass(getattr(msam_optax, name), tuple)
 } | {'sharpness.Rise': sharpness.Rise, 'landscape.Slice': landscape.Slice}
 README = pathlib.Path(__file__).parent.parent / 'README.md'
 
@@ -53,8 +55,19 @@ def test_docstring_is_complete(name):
   assert {'Returns:', 'Examples:'} <= set(doc.splitlines())
   assert '>>>' in doc
   described = doc[: doc.index('Returns:')]
+  _, _, options = described.partition('**options: ')
   for parameter in inspect.signature(FUNCTIONS[name]).parameters:
-    assert re.search(rf'^ +\*{{0,2}}{parameter}: ', described, re.M), parameter
+    # What all methods have is described once, and named in each.
+    if options and parameter in msam_optax.Options.__annotations__:
+      assert f'``{parameter}``' in options
+    else:
+      assert re.search(rf'^ +\*{{0,2}}{parameter}: ', described, re.M), parameter
+
+
+def test_shared_options_are_described_once():
+  doc = inspect.getdoc(msam_optax.sharpness_aware)
+  for option in msam_optax.Options.__annotations__:
+    assert re.search(rf'^ +{option}: ', doc, re.M), option
 
 
 @pytest.mark.parametrize('name', TUPLES)
@@ -83,16 +96,18 @@ def test_all_is_what_is_public():
 
 
 def test_import_is_light():
-  """Neither Flax nor a plotting library, and no device is touched."""
+  """Neither Flax nor a plotting library nor tests, and no device is touched."""
   check = (
     'import sys, msam_optax, jax._src.xla_bridge as b;'
-    ' print([m for m in ("flax", "matplotlib", "sklearn") if m in sys.modules],'
-    ' b.backends_are_initialized())'
+    ' heavy = ("flax", "matplotlib", "sklearn", "pytest", "msam_optax.testing");'
+    ' print([m for m in heavy if m in sys.modules], b.backends_are_initialized());'
+    ' from msam_optax import testing;'
+    ' print([m for m in heavy[:4] if m in sys.modules], b.backends_are_initialized())'
   )
   out = subprocess.run(
     [sys.executable, '-c', check], capture_output=True, text=True, check=True
   )
-  assert out.stdout.strip() == '[] False'
+  assert out.stdout.splitlines() == ['[] False', '[] False']
 
 
 def code_blocks():

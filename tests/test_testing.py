@@ -535,7 +535,7 @@ BROKEN_COMBINATIONS = {
   ),
   'NaN at zero': (
     from_probe(ratio_of_norms),
-    r'The update is finite where the gradients are \(all gradients, up to 0e\+00\)',
+    r'The update is finite where the gradients are \(all gradients, all zero\)',
   ),
   'half precision': (
     from_probe(
@@ -908,6 +908,15 @@ def test_a_chart_of_a_tree_with_its_pulled_back_metric():
 def test_examples_that_say_nothing_are_refused(grads):
   with pytest.raises(ValueError, match='real, finite, like the params, and not all'):
     testing.assert_metric(msam_optax.euclidean(), grads, jnp.ones(2))
+
+
+def test_magnitudes_that_a_dtype_has_not():
+  w = jnp.ones(2, jnp.float16)
+  with pytest.raises(ValueError, match='in float16 cannot be as large or small'):
+    testing.assert_metric(msam_optax.euclidean(), w, w)
+  testing.assert_metric(msam_optax.euclidean(), w, w, magnitudes=(1e-3, 1e3))
+  with pytest.raises(ValueError, match='give others as `magnitudes`'):
+    testing.assert_combination(msam_optax.probe_gradient(), (w, w), w)
 
 
 def test_as_many_gradients_as_the_combination_has_passes():
