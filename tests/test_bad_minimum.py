@@ -52,25 +52,6 @@ def test_radii_are_as_said(slope, alpha):
   assert radii == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_capped_metric_is_the_metric_that_it_is_said_to_be():
-  alpha, g = 2.0, jnp.array([3.0, 4.0])
-  metric = methods.capped(alpha)
-  ascent, _ = metric.ascend(g, metric.init(g), g)
-  G = max(1.0, alpha**2 * 25.0) * np.eye(2)
-  u = np.linalg.solve(G, g)
-  np.testing.assert_allclose(ascent.direction, u / np.sqrt(g @ u), rtol=1e-6)
-  np.testing.assert_allclose(ascent.slope, np.sqrt(g @ u), rtol=1e-6)
-  assert float(ascent.slope) == pytest.approx(1 / alpha)
-
-
-def test_the_capped_metric_stays_where_there_is_no_gradient():
-  g = jnp.zeros(2)
-  metric = methods.capped()
-  ascent, _ = metric.ascend(g, metric.init(g), g)
-  assert not ascent.direction.any()
-  assert float(ascent.slope) == 0
-
-
 def test_sam_gets_the_mean_radius_of_monge_sam():
   rows = [
     {'method': methods.SAM, 'rho': 0.5, 'shrink': {'runs': [1.0, 1.0]}},
