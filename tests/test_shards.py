@@ -12,9 +12,9 @@ import pytest
 from benchmarks import hlo
 import msam_optax
 from tests import by_hand
+from tests.methods import every_method_slowly
 from tests.test_parallel import assert_close
 from tests.test_parallel import drop_in
-from tests.test_parallel import every_method
 from tests.test_parallel import expected
 from tests.test_parallel import has_explicit_sharding
 from tests.test_parallel import loss
@@ -32,7 +32,7 @@ passes = pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one 
 @both_syncs
 @both_ways
 @passes
-@every_method
+@every_method_slowly
 def test_equals_as_many_devices(method, once, vectorize, sync):
   take = drop_in(
     method, shards=4, vectorize_shards=vectorize, sync_ascent=sync, compile_once=once
@@ -44,7 +44,7 @@ def test_equals_as_many_devices(method, once, vectorize, sync):
 
 
 @both_ways
-@every_method
+@every_method_slowly
 def test_one_shared_probe_equals_the_whole_batch(method, vectorize):
   take = drop_in(method, shards=8, vectorize_shards=vectorize, sync_ascent=True)
   assert_close(take(make_params(), make_data()), expected(method))
@@ -156,9 +156,7 @@ def test_keyword_arguments_are_split_and_scalars_are_not(vectorize):
   )
   got = take(make_params(), x, scale, y=y, key=key)
   noise = jnp.tile(jax.random.normal(key, (8, 3)), (4, 1))
-  want = by_hand.sharpness_aware_gradient(
-    'msam', loss, make_params(), (scale * x + noise, y), parts=4
-  )
+  want = by_hand.gradient('msam', loss, make_params(), (scale * x + noise, y), parts=4)
   assert_close(got, want)
 
 
@@ -385,7 +383,7 @@ def test_data_may_be_keyword_arguments(vectorize):
     f, rho=0.3, shards=2, data_argnames=('x', 'label'), vectorize_shards=vectorize
   )
   got = take(jnp.float32(0.0), class_weights=CLASS_WEIGHTS, x=x, label=label)
-  want = by_hand.sharpness_aware_gradient(
+  want = by_hand.gradient(
     'msam',
     lambda w, batch: with_class_weights(w, CLASS_WEIGHTS, batch),
     jnp.float32(0.0),
@@ -416,7 +414,7 @@ def test_model_state_goes_whole_to_each_part_and_comes_back(once, vectorize):
     compile_once=once,
   )
   (value, new_state), grads = take(w, state, x, y)
-  want = by_hand.sharpness_aware_gradient(
+  want = by_hand.gradient(
     'msam', lambda w, xy: loss_fn(w, state, *xy)[0], w, (x, y), parts=2
   )
   assert_close((value, grads), want)
