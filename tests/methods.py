@@ -97,6 +97,7 @@ METHODS: dict[str, Method] = {
 
 # What a plain run tests where a test compiles much; the other methods are slow there.
 DEFAULT = ('msam',)
+OTHERS = tuple(name for name in METHODS if name not in DEFAULT)
 
 
 def find(method: str | Method) -> Method:

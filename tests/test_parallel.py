@@ -14,7 +14,9 @@ import msam_optax
 from tests import by_hand
 from tests import methods
 from tests.methods import cases
-from tests.methods import every_method_slowly
+from tests.methods import DEFAULT
+from tests.methods import is_default
+from tests.methods import OTHERS
 from tests.methods import transformation
 
 PARTS = 4
@@ -87,8 +89,12 @@ DOORS = {
 }
 # Two copies of the gradient are in test_shards, and here in a slow run.
 every_door = pytest.mark.parametrize(
-  'door',
-  cases(DOORS, plain=lambda door: door != 'drop-in'),
+  'door', cases(DOORS, plain=lambda door: door != 'drop-in')
+)
+every_method_and_door = pytest.mark.parametrize(
+  ('method', 'door'),
+  cases(DEFAULT, DOORS, plain=lambda method, door: door != 'drop-in')
+  + cases(OTHERS, ('chain', 'compiled once'), plain=is_default),
 )
 
 
@@ -127,8 +133,7 @@ def vary(params, axis='i'):
 
 
 @both_syncs
-@every_door
-@every_method_slowly
+@every_method_and_door
 @pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
 def test_shard_map(check_vma, method, door, sync):
   step = DOORS[door](method, axis_name='i', sync_ascent=sync)
@@ -136,8 +141,7 @@ def test_shard_map(check_vma, method, door, sync):
 
 
 @both_syncs
-@every_door
-@every_method_slowly
+@every_method_and_door
 @pytest.mark.filterwarnings('ignore:.*pmap.*')
 def test_pmap(method, door, sync):
   step = DOORS[door](method, axis_name='i', sync_ascent=sync)
@@ -170,8 +174,7 @@ def place(layout, axis_types=None):
   return params, tuple(put(x, data_spec) for x in make_data()), on
 
 
-@every_door
-@every_method_slowly
+@every_method_and_door
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_jit_with_sharded_arrays(layout, method, door):
   params, data, _ = place(layout)
@@ -212,8 +215,7 @@ TENSOR_PARALLEL = {
 
 
 @both_syncs
-@every_door
-@every_method_slowly
+@every_method_and_door
 def test_shard_map_with_sharded_parameters(method, door, sync):
   """Data over one axis, the hidden layer over another, one leaf on every device.
 
@@ -236,8 +238,7 @@ def test_shard_map_with_sharded_parameters(method, door, sync):
   assert_close(grads, expected(method, parts=4, synced=sync)[1])
 
 
-@every_door
-@every_method_slowly
+@every_method_and_door
 @pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
 def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, door):
   """The gradient of a gathered parameter comes back as the sum, scattered."""

@@ -11,10 +11,12 @@ import pytest
 
 from tests import by_hand
 from tests.methods import cases
+from tests.methods import DEFAULT
 from tests.methods import drop_in
 from tests.methods import every_method_slowly
 from tests.methods import is_default
 from tests.methods import METHODS
+from tests.methods import OTHERS
 from tests.methods import transformation
 from tests.problems import batch
 from tests.problems import loss
@@ -186,7 +188,14 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize(('method', 'name'), cases(METHODS, INNER, plain=is_default))
+# What is behind a method sees a gradient, whatever the method.
+every_method_before_some = pytest.mark.parametrize(
+  ('method', 'name'),
+  cases(DEFAULT, INNER) + cases(OTHERS, ('MultiSteps',), plain=is_default),
+)
+
+
+@every_method_before_some
 def test_before_every_wrapper_in_a_chain(method, name):
   """``chain(msam, wrapper(optimizer))`` gives the wrapper the gradient at the probe."""
   wrapped = INNER[name](optax.sgd(0.1))
@@ -196,7 +205,7 @@ def test_before_every_wrapper_in_a_chain(method, name):
   chex.assert_trees_all_close(chained, alone, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(('method', 'name'), cases(METHODS, INNER, plain=is_default))
+@every_method_before_some
 def test_drop_in_works_with_every_wrapper(method, name):
   take = drop_in(method, lambda p: loss(p, DATA))
   value, grads = take(PARAMS)
@@ -284,10 +293,15 @@ def test_accumulation_after_the_method(method):
   """``chain(msam, MultiSteps(optimizer))``: each micro-batch has its own probe."""
   inner = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
   tx = optax.chain(transformation(method), inner.gradient_transformation())
-  state = tx.init(PARAMS)
-  for i in range(3):
-    grad_fn = jax.grad(lambda p: loss(p, batch(i)))
-    updates, state = tx.update(grad_fn(PARAMS), state, PARAMS, grad_fn=grad_fn)
+
+  @jax.jit
+  def run(state):
+    for i in range(3):
+      grad_fn = jax.grad(lambda p: loss(p, batch(i)))
+      updates, state = tx.update(grad_fn(PARAMS), state, PARAMS, grad_fn=grad_fn)
+    return updates
+
+  updates = run(tx.init(PARAMS))
   chex.assert_trees_all_close(
     updates, jax.tree.map(jnp.negative, accumulated(method)), rtol=1e-4, atol=1e-6
   )
@@ -296,11 +310,16 @@ def test_accumulation_after_the_method(method):
 @every_method_slowly
 def test_accumulation_of_the_drop_in(method):
   tx = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
-  state = tx.init(PARAMS)
   take = drop_in(method, loss)
-  for i in range(3):
-    _, grads = take(PARAMS, batch(i))
-    updates, state = tx.update(grads, state, PARAMS)
+
+  @jax.jit
+  def run(state):
+    for i in range(3):
+      _, grads = take(PARAMS, batch(i))
+      updates, state = tx.update(grads, state, PARAMS)
+    return updates
+
+  updates = run(tx.init(PARAMS))
   chex.assert_trees_all_close(
     updates, jax.tree.map(jnp.negative, accumulated(method)), rtol=1e-4, atol=1e-6
   )
@@ -311,15 +330,19 @@ def test_accumulation_round_the_method_needs_the_whole_batch_in_grad_fn(method):
   """``MultiSteps(chain(msam, optimizer))`` is right if ``grad_fn`` has all batches."""
   tx = optax.MultiSteps(chain(method), every_k_schedule=3)
   mean_loss = lambda p: sum(loss(p, batch(i)) for i in range(3)) / 3
-  state = tx.init(PARAMS)
-  for i in range(3):
-    updates, state = tx.update(
-      jax.grad(loss)(PARAMS, batch(i)), state, PARAMS, grad_fn=jax.grad(mean_loss)
-    )
+
+  @jax.jit
+  def run(state):
+    for i in range(3):
+      updates, state = tx.update(
+        jax.grad(loss)(PARAMS, batch(i)), state, PARAMS, grad_fn=jax.grad(mean_loss)
+      )
+    return updates, state
+
+  updates, state = run(tx.init(PARAMS))
   whole = chain(method)
   grads = jax.grad(mean_loss)(PARAMS)
-  exact, _ = whole.update(
-    grads, whole.init(PARAMS), PARAMS, grad_fn=jax.grad(mean_loss)
-  )
+  update = jax.jit(lambda *args: whole.update(*args, grad_fn=jax.grad(mean_loss)))
+  exact, _ = update(grads, whole.init(PARAMS), PARAMS)
   chex.assert_trees_all_close(updates, exact, rtol=1e-4, atol=1e-6)
   assert optax.tree.get(state, 'slope') > 0

@@ -11,12 +11,12 @@ import pytest
 from tests.conformance.optimizers import OPTIMIZERS
 from tests.conformance.targets import TARGETS
 from tests.conformance.training import make_step
-from tests.conformance.training import OTHER_METHODS
 from tests.conformance.training import SOME_OPTIMIZERS
 from tests.methods import cases
 from tests.methods import DEFAULT
 from tests.methods import is_default
 from tests.methods import METHODS
+from tests.methods import OTHERS
 from tests.methods import transformation
 
 pytestmark = [
@@ -35,7 +35,7 @@ COMPILE_FAST = {'xla_backend_optimization_level': 0}
 
 every_pair = pytest.mark.parametrize(
   ('method', 'optimizer'),
-  cases(DEFAULT, OPTIMIZERS) + cases(OTHER_METHODS, SOME_OPTIMIZERS, plain=is_default),
+  cases(DEFAULT, OPTIMIZERS) + cases(OTHERS, SOME_OPTIMIZERS, plain=is_default),
 )
 
 

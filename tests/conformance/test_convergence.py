@@ -13,11 +13,11 @@ import pytest
 from tests.conformance.optimizers import OPTIMIZERS
 from tests.conformance.targets import TARGETS
 from tests.conformance.training import make_step
-from tests.conformance.training import OTHER_METHODS
 from tests.conformance.training import SOME_OPTIMIZERS
 from tests.methods import cases
 from tests.methods import DEFAULT
 from tests.methods import is_default
+from tests.methods import OTHERS
 from tests.methods import transformation
 
 pytestmark = [
@@ -38,7 +38,7 @@ DEFAULT_TARGETS = ('rosenbrock', 'mixed')
     TARGETS,
     plain=lambda method, optimizer, target: target in DEFAULT_TARGETS,
   )
-  + cases(OTHER_METHODS, SOME_OPTIMIZERS, ('mixed',), plain=is_default),
+  + cases(OTHERS, SOME_OPTIMIZERS, ('mixed',), plain=is_default),
 )
 def test_converges(method, optimizer, target):
   if optimizer == 'galore' and jax.default_backend() != 'cpu':

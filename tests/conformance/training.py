@@ -9,12 +9,9 @@ import optax
 from tests.conformance.optimizers import Optimizer
 from tests.conformance.optimizers import OPTIMIZERS
 from tests.conformance.targets import Target
-from tests.methods import DEFAULT
-from tests.methods import METHODS
 
-# They differ in metric and combination, and not in what an optimizer sees: Monge SAM
-# goes before all optimizers, and the others before every third.
-OTHER_METHODS = [name for name in METHODS if name not in DEFAULT]
+# Methods differ in metric and combination, and not in what an optimizer sees: the
+# default one goes before all optimizers, and the others before every third.
 SOME_OPTIMIZERS = list(OPTIMIZERS)[::3]
 
 
