@@ -21,6 +21,7 @@ from tests.by_hand import adam
 from tests.by_hand import sgd
 from tests.by_hand import train
 from tests.methods import cases
+from tests.methods import DEFAULT
 from tests.methods import drop_in
 from tests.methods import every_method_slowly
 from tests.methods import is_default
@@ -265,7 +266,7 @@ def frozen_by_hand(method, optimizer=None):
   return filtered(eqx.combine(params, static))
 
 
-@every_method_slowly
+@pytest.mark.parametrize('method', DEFAULT)
 def test_frozen_by_partition_chain(method):
   tx = optax.chain(transformation(method), optax.adam(0.01, eps=EPS))
   filter_spec = last_layer_of(MLP, chosen=True)
@@ -283,7 +284,7 @@ def test_frozen_by_partition_chain(method):
   close(filtered(model), frozen_by_hand(method))
 
 
-@every_method_slowly
+@pytest.mark.parametrize('method', DEFAULT)
 def test_frozen_by_partition_drop_in(method):
   tx = optax.adam(0.01, eps=EPS)
   filter_spec = last_layer_of(MLP, chosen=True)
