@@ -60,6 +60,7 @@ def update(
   gradients: Sequence[Callable[[Any], Any]],
   *,
   synced: bool = False,
+  weights: Sequence[float] | None = None,
   radii: Sequence[float] | None = None,
   is_weight: Callable[[str, np.ndarray], bool] = is_matrix,
 ) -> Any:
@@ -70,6 +71,7 @@ def update(
     params: pytree of arrays.
     gradients: ``params -> grads``, one function for each part.
     synced: whether the parts go up their mean gradient, or each its own.
+    weights: how much each part counts in the means; by default all the same.
     radii: the radius of each part; by default that of the row.
     is_weight: ``(path, leaf) -> bool``, which leaves ASAM takes for weights, by
       their path as JAX writes it.
@@ -79,8 +81,9 @@ def update(
   """
   row = find(method)
   grads = [gradient(params) for gradient in gradients]
+  mean = lambda vectors: np.average(vectors, axis=0, weights=weights)
   own = [_vector(g) for g in grads]
-  ascents = [np.mean(own, axis=0)] * len(own) if synced else own
+  ascents = [mean(own)] * len(own) if synced else own
   deltas = [
     _delta(row, params, g, rho, is_weight)
     for g, rho in zip(ascents, radii or [row.rho] * len(own), strict=True)
@@ -92,7 +95,6 @@ def update(
     ]
     for scale in row.scales
   ]
-  mean = lambda vectors: np.mean(vectors, axis=0)
   return _like(grads[0], row.update(mean(own), *map(mean, at_probes)))
 
 
@@ -184,6 +186,8 @@ def adam(
 
 
 def _delta(row, params, g, rho, is_weight):
+  if not g.any():  # No direction is the steepest.
+    return np.zeros_like(g)
   return row.delta(_vector(params), g, rho, _are_weights(params, is_weight))
 
 
