@@ -1,65 +1,224 @@
-"""Sharpness-aware gradients as loops over the parts of a batch, by the formulas.
+"""Sharpness-aware gradients and training by hand, in NumPy and float64.
 
-What every parallel set-up is compared with: one device, no transformation, no mapped
-axis, and none of the library's code.
+What everything is compared with. The gradient of the loss is JAX's, and all else is
+the formulas of a row in ``methods``: one device, a loop over the parts of a batch, and
+none of the library's code.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-RHO = {'msam': 0.3, 'sam': 0.3, 'asam': 0.5}
+from tests.methods import find
+from tests.methods import Method
 
 
-def sharpness_aware_gradient(
-  method, loss, params, data, *, parts=1, synced=False, radii=None
-):
-  """The mean over equal parts of a batch of the gradients at their probes.
+def is_matrix(path: str, leaf: np.ndarray) -> bool:
+  """Which leaves are weights where names say nothing else."""
+  return leaf.ndim > 1
+
+
+def gradient(
+  method: str | Method,
+  loss: Callable[[Any, Any], Any],
+  params: Any,
+  data: Any,
+  *,
+  parts: int = 1,
+  shards: int = 1,
+  **options: Any,
+) -> tuple[np.ndarray, Any]:
+  """The loss of a batch and its sharpness-aware gradient.
 
   Args:
-    method: a key of ``RHO``.
+    method: a key of ``METHODS``, or a row.
     loss: ``(params, data) -> scalar``, a mean over the batch.
     params: pytree of arrays.
     data: pytree of arrays with the batch as first axis.
-    parts: how many parts the batch is cut into.
-    synced: whether the parts share one ascent, that of their mean gradient.
-    radii: the radius of each part; by default the method's in ``RHO``.
+    parts: how many equal parts the batch is cut into, consecutive rows each, as over
+      devices.
+    shards: how many micro-batches each of these is cut into, the ``i``-th of the rows
+      ``i``, ``i + shards``, and so on.
+    **options: those of :func:`update`.
 
   Returns:
-    The mean of the losses at ``params``, and the gradient.
+    The mean of the losses at ``params``, and what :func:`update` gives.
   """
   size = len(jax.tree.leaves(data)[0]) // parts
   cuts = [
-    jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], data)
-    for i in range(parts)
+    jax.tree.map(lambda x, p=p, i=i: x[p * size : (p + 1) * size][i::shards], data)
+    for p in range(parts)
+    for i in range(shards)
   ]
-  own = [jax.grad(loss)(params, cut) for cut in cuts]
-  ascents = [mean(own)] * parts if synced else own
-  radii = [RHO[method]] * parts if radii is None else radii
+  value_and_grad = jax.jit(jax.value_and_grad(loss))
+  value = np.mean([value_and_grad(params, cut)[0] for cut in cuts])
+  gradients = [lambda w, cut=cut: value_and_grad(w, cut)[1] for cut in cuts]
+  return value, update(method, params, gradients, **options)
+
+
+def update(
+  method: str | Method,
+  params: Any,
+  gradients: Sequence[Callable[[Any], Any]],
+  *,
+  synced: bool = False,
+  weights: Sequence[float] | None = None,
+  radii: Sequence[float] | None = None,
+  is_weight: Callable[[str, np.ndarray], bool] = is_matrix,
+) -> Any:
+  """The sharpness-aware gradient, given the plain one of each part of a batch.
+
+  Args:
+    method: a key of ``METHODS``, or a row.
+    params: pytree of arrays.
+    gradients: ``params -> grads``, one function for each part.
+    synced: whether the parts go up their mean gradient, or each its own.
+    weights: how much each part counts in the means; by default all the same.
+    radii: the radius of each part; by default that of the row.
+    is_weight: ``(path, leaf) -> bool``, which leaves ASAM takes for weights, by
+      their path as JAX writes it.
+
+  Returns:
+    A pytree like the gradients, in their dtypes.
+  """
+  row = find(method)
+  grads = [gradient(params) for gradient in gradients]
+  mean = lambda vectors: np.average(vectors, axis=0, weights=weights)
+  own = [_vector(g) for g in grads]
+  ascents = [mean(own)] * len(own) if synced else own
+  deltas = [
+    _delta(row, params, g, rho, is_weight)
+    for g, rho in zip(ascents, radii or [row.rho] * len(own), strict=True)
+  ]
   at_probes = [
-    jax.grad(loss)(probe(method, params, g, rho), cut)
-    for g, cut, rho in zip(ascents, cuts, radii, strict=True)
+    [
+      _vector(gradient(_like(params, _vector(params) + scale * delta)))
+      for gradient, delta in zip(gradients, deltas, strict=True)
+    ]
+    for scale in row.scales
   ]
-  return np.mean([loss(params, cut) for cut in cuts]), mean(at_probes)
+  return _like(grads[0], row.update(mean(own), *map(mean, at_probes)))
 
 
-def probe(method, params, grads, rho):
-  """``w + δ`` by the paper's formula of each method."""
-  leaves = lambda f: sum(
-    float(np.sum(np.square(np.asarray(f(w, g), np.float64))))
-    for w, g in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
+def probe(
+  method: str | Method,
+  params: Any,
+  grads: Any,
+  rho: float | None = None,
+  *,
+  is_weight: Callable[[str, np.ndarray], bool] = is_matrix,
+) -> Any:
+  """``w + δ``, like ``params`` and in their dtypes."""
+  row = find(method)
+  rho = row.rho if rho is None else rho
+  delta = _delta(row, params, _vector(grads), rho, is_weight)
+  return _like(params, _vector(params) + delta)
+
+
+def slope(method: str | Method, params: Any, grads: Any) -> float:
+  """``⟨g, δ⟩/ρ``, the rise of the loss per unit of radius."""
+  row, g = find(method), _vector(grads)
+  return g @ _delta(row, params, g, row.rho, is_matrix) / row.rho
+
+
+def train(
+  method: str | Method,
+  take: Callable[..., Any],
+  params: Any,
+  state: Any,
+  batches: Any,
+  optimizer: Callable[[Any, Any], Any],
+  **options: Any,
+) -> tuple[Any, Any]:
+  """A loop of a method, with the model's state as the first pass leaves it.
+
+  Args:
+    method: a key of ``METHODS``, or a row.
+    take: ``(params, state, batch) -> (grads, new state)``, the plain gradient.
+    params: pytree of arrays.
+    state: what the model carries from batch to batch, statistics for example.
+    batches: what ``take`` gets, one a step.
+    optimizer: :func:`sgd` or :func:`adam`.
+    **options: those of :func:`update`.
+
+  Returns:
+    The last params and state.
+  """
+  for batch in batches:
+    states = []
+
+    def plain(w, state=state, batch=batch, states=states):
+      grads, new_state = take(w, state, batch)
+      states.append(new_state)
+      return grads
+
+    params = optimizer(params, update(method, params, [plain], **options))
+    state = states[0]
+  return params, state
+
+
+def sgd(learning_rate: float, momentum: float = 0.0) -> Callable[[Any, Any], Any]:
+  """Gradient descent with momentum, as a function that remembers its velocity."""
+  velocity = 0.0
+
+  def step(params, grads):
+    nonlocal velocity
+    velocity = momentum * velocity + _vector(grads)
+    return _like(params, _vector(params) - learning_rate * velocity)
+
+  return step
+
+
+def adam(
+  learning_rate: float, *, eps: float, clip: float = np.inf
+) -> Callable[[Any, Any], Any]:
+  """Adam behind a clip of the global norm, as a function that remembers."""
+  m, v, count = 0.0, 0.0, 0
+
+  def step(params, grads):
+    nonlocal m, v, count
+    g = _vector(grads)
+    g *= min(1.0, clip / np.linalg.norm(g))
+    m, v, count = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2, count + 1
+    scale = np.sqrt(v / (1 - 0.999**count)) + eps
+    new = _vector(params) - learning_rate * (m / (1 - 0.9**count)) / scale
+    return _like(params, new)
+
+  return step
+
+
+def _delta(row, params, g, rho, is_weight):
+  if not g.any():  # No direction is the steepest.
+    return np.zeros_like(g)
+  return row.delta(_vector(params), g, rho, _are_weights(params, is_weight))
+
+
+def _are_weights(params, is_weight):
+  """For each entry of the vector of the parameters, whether ASAM scales it."""
+  leaves = [
+    (jax.tree_util.keystr(path), np.asarray(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  ]
+  return np.concatenate([np.full(x.size, is_weight(path, x)) for path, x in leaves])
+
+
+def _vector(tree):
+  """All leaves as one vector in float64."""
+  leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+  return np.concatenate(leaves)
+
+
+def _like(tree, vector):
+  """The entries of a vector in the structure, shapes and dtypes of a tree."""
+  leaves, structure = jax.tree.flatten(tree)
+  ends = np.cumsum([np.size(x) for x in leaves])[:-1]
+  return jax.tree.unflatten(
+    structure,
+    [
+      part.reshape(np.shape(x)).astype(np.asarray(x).dtype)
+      for part, x in zip(np.split(vector, ends), leaves, strict=True)
+    ],
   )
-  if method == 'asam':
-    scale = lambda w: jnp.abs(w) + 0.01 if w.ndim > 1 else jnp.ones_like(w)
-    norm = np.sqrt(leaves(lambda w, g: scale(w) * g))
-    step = lambda w, g: scale(w) ** 2 * g * np.float32(rho / norm)
-  else:
-    norm = np.sqrt(leaves(lambda w, g: g))
-    if method == 'msam':
-      norm *= np.sqrt(1 + norm**2)
-    step = lambda w, g: g * np.float32(rho / norm)
-  return jax.tree.map(lambda w, g: w + step(w, g), params, grads)
-
-
-def mean(trees):
-  return jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)

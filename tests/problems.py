@@ -1,7 +1,23 @@
 """A small real problem that the tests share: parameters, batches, a loss."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+  """Normal numbers, made without a program to compile."""
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def init(function: Callable[..., Any], *args: Any, seed: int = 0) -> Any:
+  """Parameters of the structure and shapes that a function would make."""
+  rng = np.random.default_rng(seed)
+  draw = lambda x: (0.5 * rng.normal(size=x.shape)).astype(np.float32)
+  return jax.tree.map(draw, jax.eval_shape(function, *args))
 
 
 def mlp_params(dtype=jnp.float32):

@@ -11,8 +11,11 @@ import optax
 import pytest
 
 from msam_optax import msam
-from msam_optax import value_and_grad
 from msam_optax.flax_linen import TrainState
+from tests import by_hand
+from tests.methods import drop_in
+from tests.methods import every_method_slowly
+from tests.methods import transformation
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -37,6 +40,10 @@ class BatchNormState(TrainState):
 MODEL = Model()
 X = jax.random.normal(jax.random.key(1), (16, 3)) * 2 + 1
 Y = jax.random.normal(jax.random.key(2), (16, 2))
+
+
+def chain(method, optimizer):
+  return optax.chain(transformation(method), optimizer)
 
 
 def create(tx):
@@ -65,8 +72,9 @@ def train_step(state, key):
   return state, loss
 
 
-def test_statistics_are_those_of_one_clean_pass():
-  state, key = create(optax.chain(msam(rho=0.5), optax.sgd(0.1))), jax.random.key(7)
+@every_method_slowly
+def test_statistics_are_those_of_one_clean_pass(method):
+  state, key = create(chain(method, optax.sgd(0.1))), jax.random.key(7)
   clean = jax.jit(loss_fn)(state.params, state, key)
   after, loss = train_step(state, key)
   chex.assert_trees_all_equal(after.batch_stats, clean[1])
@@ -74,26 +82,24 @@ def test_statistics_are_those_of_one_clean_pass():
   assert after.step == 1
 
 
-def test_step_is_the_papers_with_one_dropout_key():
-  state, key = create(optax.chain(msam(rho=0.5), optax.sgd(0.1))), jax.random.key(7)
+@every_method_slowly
+def test_step_is_that_by_hand_with_one_dropout_key(method):
+  state, key = create(chain(method, optax.sgd(0.1))), jax.random.key(7)
   grad = jax.grad(lambda p: loss_fn(p, state, key)[0])
-  g = grad(state.params)
-  n = optax.tree.norm(g)
-  probe = jax.tree.map(
-    lambda w, g: w + 0.5 * g / (n * jnp.sqrt(1 + n**2)), state.params, g
-  )
-  expected = jax.tree.map(lambda w, g: w - 0.1 * g, state.params, grad(probe))
+  update = by_hand.update(method, state.params, [grad])
+  expected = by_hand.sgd(0.1)(state.params, update)
   after, _ = train_step(state, key)
   chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_drop_in_does_the_same_with_flax_own_state():
+@every_method_slowly
+def test_drop_in_does_the_same_with_flax_own_state(method):
   key = jax.random.key(7)
-  ours = create(optax.chain(msam(rho=0.5), optax.sgd(0.1)))
+  ours = create(chain(method, optax.sgd(0.1)))
   flax_state = train_state.TrainState.create(
     apply_fn=MODEL.apply, params=ours.params, tx=optax.sgd(0.1)
   )
-  take = value_and_grad(lambda p: loss_fn(p, ours, key), rho=0.5, has_aux=True)
+  take = drop_in(method, lambda p: loss_fn(p, ours, key), has_aux=True)
   (_, batch_stats), grads = take(flax_state.params)
   after, _ = train_step(ours, key)
   chex.assert_trees_all_close(
@@ -120,8 +126,9 @@ def test_missing_grad_fn_is_named():
     state.apply_gradients(grads=params)
 
 
-def test_serialization_round_trip_continues_bit_for_bit():
-  state = create(optax.chain(msam(rho=0.5), optax.adam(0.1)))
+@every_method_slowly
+def test_serialization_round_trip_continues_bit_for_bit(method):
+  state = create(chain(method, optax.adam(0.1)))
   keys = jax.random.split(jax.random.key(3), 4)
   for key in keys[:2]:
     state, _ = train_step(state, key)

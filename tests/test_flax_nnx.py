@@ -16,10 +16,12 @@ from msam_optax import adaptive
 from msam_optax import asam
 from msam_optax import euclidean
 from msam_optax import flax_nnx
-from msam_optax import monge
 from msam_optax import msam
 from tests import by_hand
+from tests import methods
 from tests import test_parallel
+from tests.methods import every_method_slowly
+from tests.methods import transformation
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -55,8 +57,8 @@ def arrays(model, *filters):
   return [np.array(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
 
 
-def papers_step(model, rho, lr):
-  """Parameters after one step of SGD with Monge SAM's gradient, functionally."""
+def step_by_hand(method, model, learning_rate):
+  """Parameters after one step of SGD, functionally."""
   start = nnx.clone(model)
   params = nnx.state(start, nnx.Param)
 
@@ -65,19 +67,23 @@ def papers_step(model, rho, lr):
     nnx.update(copy, params)
     return loss_fn(copy, X, Y)
 
-  g = jax.grad(pure)(params)
-  n = optax.tree.norm(g)
-  probe = jax.tree.map(lambda w, g: w + rho * g / (n * jnp.sqrt(1 + n**2)), params, g)
-  return jax.tree.leaves(
-    jax.tree.map(lambda w, g: w - lr * g, params, jax.grad(pure)(probe))
+  update = by_hand.update(method, params, [jax.grad(pure)])
+  return jax.tree.leaves(by_hand.sgd(learning_rate)(params, update))
+
+
+def drop_in(method, loss_fn, **options):
+  return methods.drop_in(
+    method, loss_fn, value_and_grad=flax_nnx.value_and_grad, **options
   )
 
 
-def drop_in_step(model, optimizer, **kwargs):
-  take = flax_nnx.value_and_grad(loss_fn, monge(), rho=0.5, **kwargs)
-  loss, grads = take(model, X, Y)
-  optimizer.update(model, grads)
-  return loss
+def drop_in_step(method, **options):
+  def step(model, optimizer):
+    loss, grads = drop_in(method, loss_fn, **options)(model, X, Y)
+    optimizer.update(model, grads)
+    return loss
+
+  return step
 
 
 def chain_step(model, optimizer):
@@ -87,23 +93,28 @@ def chain_step(model, optimizer):
   return loss
 
 
-once = functools.partial(drop_in_step, compile_once=True)
 passes = pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
 
-STEPS = {
-  'drop-in': (drop_in_step, lambda: optax.sgd(0.1)),
-  'compiled once': (once, lambda: optax.sgd(0.1)),
-  'chain': (chain_step, lambda: optax.chain(msam(rho=0.5), optax.sgd(0.1))),
-}
+
+def make_step(method, door):
+  """The optimizer, and a step of training with it."""
+  descent = optax.sgd(0.1)
+  if door == 'chain':
+    return optax.chain(transformation(method), descent), chain_step
+  return descent, drop_in_step(method, compile_once=door == 'compiled once')
+
+
+DOORS = ('drop-in', 'compiled once', 'chain')
 
 
 @pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
-@pytest.mark.parametrize('door', STEPS)
-def test_one_step(door, jit):
-  step, tx = STEPS[door]
+@pytest.mark.parametrize('door', DOORS)
+@every_method_slowly
+def test_one_step(method, door, jit):
+  tx, step = make_step(method, door)
   model, clean = make(), make()
-  optimizer = nnx.Optimizer(model, tx(), wrt=nnx.Param)
-  expected = papers_step(model, rho=0.5, lr=0.1)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  expected = step_by_hand(method, model, 0.1)
 
   wrap = nnx.jit if jit else lambda f: f
   clean_loss, _ = wrap(lambda m: nnx.value_and_grad(loss_fn)(m, X, Y))(clean)
@@ -252,8 +263,9 @@ def test_a_loop_carries_no_copy_of_what_it_does_not_change(wrap):
 
 @pytest.mark.cpu
 @passes
+@every_method_slowly
 @pytest.mark.parametrize('sharded', [False, True], ids=['replicated', 'sharded'])
-def test_shard_map(sharded, once):
+def test_shard_map(sharded, method, once):
   """Data over one axis, and the model's last axis over another or not at all."""
   model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
   graph, state = nnx.split(model)
@@ -267,10 +279,9 @@ def test_shard_map(sharded, once):
 
   def step(state, x, y):
     model = nnx.merge(graph, test_parallel.vary(state, 'data'))
-    take = flax_nnx.value_and_grad(
+    take = drop_in(
+      method,
       squares,
-      monge(),
-      0.3,
       axis_name='data',
       param_specs=specs if sharded else None,
       compile_once=once,
@@ -284,7 +295,7 @@ def test_shard_map(sharded, once):
     out_specs=specs,
   )(state, X, y)
   plain = lambda params, data: loss_fn(nnx.merge(graph, params), *data)
-  _, want = by_hand.sharpness_aware_gradient('msam', plain, state, (X, y), parts=2)
+  _, want = by_hand.gradient(method, plain, state, (X, y), parts=2)
   chex.assert_trees_all_close(grads, want, rtol=1e-5, atol=1e-6)
 
 
@@ -708,19 +719,18 @@ def test_accumulation(outer):
   model = Mlp()
   start = as_dict(nnx.state(model))
   if outer:
-    tx = optax.MultiSteps(optax.chain(msam(rho=0.3), optax.sgd(0.1)), 2)
+    tx = optax.MultiSteps(optax.chain(transformation('msam'), optax.sgd(0.1)), 2)
     parts = [(X, Y)]
   else:
     accumulated = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
-    tx = optax.chain(msam(rho=0.3), accumulated)
+    tx = optax.chain(transformation('msam'), accumulated)
     parts = HALVES
-  at_probes = [
-    jax.grad(mlp_loss)(
-      by_hand.probe('msam', start, jax.grad(mlp_loss)(start, *part), 0.3), *part
-    )
+  updates = [
+    by_hand.update('msam', start, [lambda w, part=part: jax.grad(mlp_loss)(w, *part)])
     for part in parts
   ]
-  want = jax.tree.map(lambda w, g: w - 0.1 * g, start, by_hand.mean(at_probes))
+  mean = jax.tree.map(lambda *us: np.mean(us, axis=0), *updates)
+  want = by_hand.sgd(0.1)(start, mean)
 
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
   for half in HALVES:
@@ -746,12 +756,12 @@ def test_model_and_optimizer():
 
 
 @pytest.mark.parametrize('jit', [False, True], ids=['without jit', 'with'])
-@pytest.mark.parametrize('door', STEPS)
+@pytest.mark.parametrize('door', DOORS)
 def test_a_healthy_step_holds_no_nan_and_no_infinity(door, jit):
-  step, tx = STEPS[door]
+  tx, step = make_step('msam', door)
   model = make()
-  optimizer = nnx.Optimizer(model, tx(), wrt=nnx.Param)
-  expected = papers_step(model, rho=0.5, lr=0.1)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  expected = step_by_hand('msam', model, 0.1)
   with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit(not jit):
     step(model, optimizer)
   chex.assert_trees_all_close(arrays(model, nnx.Param), expected, rtol=1e-4, atol=1e-6)

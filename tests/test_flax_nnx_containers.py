@@ -20,10 +20,11 @@ from msam_optax import flax_nnx
 from msam_optax import msam
 from msam_optax import value_and_grad
 from tests import by_hand
+from tests.methods import METHODS
 
 pytestmark = pytest.mark.standard_promotion
 
-RHO = by_hand.RHO['msam']
+RHO = METHODS['msam'].rho
 X = jax.random.normal(jax.random.key(1), (8, 3))
 Y = jax.random.normal(jax.random.key(2), (8, 2))
 

@@ -8,35 +8,44 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import msam_optax
+from tests import by_hand
+from tests.methods import drop_in
+from tests.methods import every_method
+from tests.methods import transformation
 from tests.problems import batch
 from tests.problems import loss
 from tests.problems import mlp_params
 
-METRICS = {
-  'monge': msam_optax.monge(2.0),
-  'euclidean': msam_optax.euclidean(),
-  'adaptive': msam_optax.adaptive(),
-  'diagonal_fisher': msam_optax.diagonal_fisher(),
-  'monge-adaptive': msam_optax.monge(base=msam_optax.adaptive()),
-}
 
-
-@pytest.mark.parametrize('name', METRICS)
-def test_equals_the_transformation(name):
-  metric, params, data = METRICS[name], mlp_params(), batch()
-  value, grads = msam_optax.value_and_grad(loss, metric, rho=0.2)(params, data)
+@every_method
+def test_equals_the_transformation(method):
+  params, data = mlp_params(), batch()
+  value, grads = drop_in(method, loss)(params, data)
   clean_value, clean = jax.value_and_grad(loss)(params, data)
-  tx = msam_optax.sharpness_aware(metric, 0.2)
+  tx = transformation(method)
   expected, _ = tx.update(
     clean, tx.init(params), params, grad_fn=lambda p: jax.grad(loss)(p, data)
   )
   chex.assert_trees_all_equal(value, clean_value)
   chex.assert_trees_all_close(grads, expected, rtol=1e-6)
   chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('compile_once', [False, True], ids=['two copies', 'one loop'])
+@every_method
+def test_equals_the_gradient_by_hand(method, compile_once):
+  params, data = mlp_params(jnp.float64), batch(dtype=jnp.float64)
+  take = jax.jit(drop_in(method, loss, compile_once=compile_once))
+  chex.assert_trees_all_close(
+    take(params, data),
+    by_hand.gradient(method, loss, params, data),
+    rtol=1e-10,
+    atol=1e-14,
+  )
 
 
 def test_closed_form():
@@ -107,39 +116,6 @@ def test_traced_radius_and_keyword_arguments_under_jit():
       msam_optax.value_and_grad(loss, rho=rho)(params, data),
       rtol=1e-5,
     )
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
-def test_pmap_averages_the_gradient_at_the_probe(sync_ascent):
-  shards, params = 4, mlp_params()
-  data = jax.tree.map(lambda *xs: jnp.stack(xs), *[batch(i) for i in range(shards)])
-  take = msam_optax.value_and_grad(
-    loss, rho=0.3, axis_name='i', sync_ascent=sync_ascent
-  )
-  values, grads = jax.pmap(take, axis_name='i', in_axes=(None, 0))(params, data)
-
-  own = [jax.grad(loss)(params, batch(i)) for i in range(shards)]
-  mean = jax.tree.map(lambda *gs: sum(gs) / shards, *own)
-  at_probes = []
-  for i in range(shards):
-    ascent = mean if sync_ascent else own[i]
-    n = optax.tree.norm(ascent)
-    probe = jax.tree.map(
-      lambda w, g: w + 0.3 * g / (n * jnp.sqrt(1 + n**2)),
-      params,
-      ascent,
-    )
-    at_probes.append(jax.grad(loss)(probe, batch(i)))
-  expected = jax.tree.map(lambda *gs: sum(gs) / shards, *at_probes)
-  for i in range(shards):
-    chex.assert_trees_all_close(
-      jax.tree.map(lambda x: x[i], grads),
-      expected,
-      rtol=1e-4,
-      atol=1e-6,
-    )
-    chex.assert_trees_all_close(values[i], loss(params, batch(i)), rtol=1e-6)
 
 
 def test_float32_probe_of_bfloat16_parameters():

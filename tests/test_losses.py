@@ -3,6 +3,8 @@
 The truth is plain NumPy in float64: a linear regression, whose gradient is known.
 """
 
+import functools
+
 import chex
 import equinox as eqx
 from flax import linen as nn
@@ -14,11 +16,15 @@ import numpy as np
 import pytest
 
 import msam_optax
+from tests import by_hand
+from tests import methods
+from tests.methods import every_method_slowly
 from tests.test_parallel import mesh
 from tests.test_parallel import on_devices
 from tests.test_parallel import vary
 
 ALPHA, RHO = 2.0, 0.3
+METHOD = methods.monge_sam(ALPHA)._replace(rho=RHO)
 both_syncs = pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
 both_ways = pytest.mark.parametrize('vectorize', [False, True], ids=['scan', 'vmap'])
 passes = pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
@@ -50,29 +56,28 @@ def squares(w, batch):
   return jnp.sum((x @ w - y) ** 2 * real), jnp.sum(real)
 
 
-def by_hand(parts=1, synced=False):
-  """The value and the gradient at the probe, with all means over real examples."""
+def gradient_by_hand(parts=1, synced=False, method=METHOD):
+  """The value and the gradient, with all means over real examples."""
   w, batch = make_problem()
   w, batch = np.float64(w), tuple(np.split(np.float64(a), parts) for a in batch)
   cuts = list(zip(*batch, strict=True))
   weights = [real.sum() for _, _, real in cuts]
-  slope = lambda w, cut: 2 * ((cut[0] @ w - cut[1]) * cut[2]) @ cut[0]
-  mean = lambda gs: sum(gs) / sum(weights)
-  own = [slope(w, cut) / max(n, 1) for cut, n in zip(cuts, weights, strict=True)]
-  shared = mean([slope(w, cut) for cut in cuts])
-  at_probes = []
-  for cut, g in zip(cuts, own, strict=True):
-    g = shared if synced else g
-    n = np.linalg.norm(g)
-    delta = RHO * g / (n * np.sqrt(1 + (ALPHA * n) ** 2)) if n else 0 * g
-    at_probes.append(slope(w + delta, cut))
-  value = mean([((x @ w - y) ** 2 * real).sum() for x, y, real in cuts])
-  return value, mean(at_probes)
+
+  def gradient(w, cut, weight):
+    x, y, real = cut
+    return 2 * ((x @ w - y) * real) @ x / max(weight, 1)
+
+  gradients = [
+    functools.partial(gradient, cut=cut, weight=weight)
+    for cut, weight in zip(cuts, weights, strict=True)
+  ]
+  total = sum(((x @ w - y) ** 2 * real).sum() for x, y, real in cuts)
+  update = by_hand.update(method, w, gradients, weights=weights, synced=synced)
+  return total / sum(weights), update
 
 
-def drop_in(loss_fn=squares, **options):
-  options = {'has_weight': True, **options}
-  return msam_optax.value_and_grad(loss_fn, msam_optax.monge(ALPHA), RHO, **options)
+def drop_in(loss_fn=squares, method=METHOD, **options):
+  return methods.drop_in(method, loss_fn, **{'has_weight': True, **options})
 
 
 def assert_close(got, want, rtol=1e-5):
@@ -82,7 +87,7 @@ def assert_close(got, want, rtol=1e-5):
 @passes
 def test_a_weighted_loss_is_total_over_weight(once):
   w, batch = make_problem()
-  assert_close(drop_in(compile_once=once)(w, batch), by_hand())
+  assert_close(drop_in(compile_once=once)(w, batch), gradient_by_hand())
 
 
 @both_syncs
@@ -94,18 +99,28 @@ def test_micro_batches_count_by_their_weights(once, vectorize, sync):
     shards=4, vectorize_shards=vectorize, sync_ascent=sync, compile_once=once
   )
   value, grads = jax.jit(take)(w, dealt(batch, 4))
-  assert_close((value, grads), by_hand(4, sync))
+  assert_close((value, grads), gradient_by_hand(4, sync))
   equal = np.mean(
     [drop_in()(w, jax.tree.map(lambda a: a[i : i + 4], batch))[0] for i in (0, 4, 12)]
   )
   assert abs(value - equal) > 0.01
 
 
+@both_syncs
+@passes
+@every_method_slowly
+def test_parts_count_by_their_weights_in_every_method(method, once, sync):
+  w, batch = make_problem()
+  take = drop_in(method=method, shards=4, sync_ascent=sync, compile_once=once)
+  got = jax.jit(take)(w, dealt(batch, 4))
+  assert_close(got, gradient_by_hand(4, sync, method))
+
+
 @both_ways
 def test_one_shared_probe_equals_the_whole_batch(vectorize):
   w, batch = make_problem()
   take = drop_in(shards=4, vectorize_shards=vectorize, sync_ascent=True)
-  assert_close(take(w, batch), by_hand())
+  assert_close(take(w, batch), gradient_by_hand())
 
 
 @pytest.mark.cpu
@@ -133,7 +148,7 @@ def test_devices_count_by_their_weights(once, sync, kind, shards):
       out_specs=P(),
       check_vma=checked,
     )(w, batch)
-  assert_close(got, by_hand(4 * (shards or 1), sync))
+  assert_close(got, gradient_by_hand(4 * (shards or 1), sync))
 
 
 @pytest.mark.cpu
@@ -145,7 +160,7 @@ def test_pmap_counts_by_weights(sync):
   step = drop_in(axis_name='i', sync_ascent=sync)
   values, grads = jax.pmap(step, axis_name='i', in_axes=(None, 0))(w, batch)
   for got in zip(values, grads, strict=True):
-    assert_close(got, by_hand(4, sync))
+    assert_close(got, gradient_by_hand(4, sync))
 
 
 @both_syncs
@@ -178,7 +193,7 @@ def test_an_empty_part_makes_no_nan_on_the_way():
   w, batch = make_problem()
   with jax.debug_nans(True), jax.disable_jit():
     got = drop_in(shards=4, vectorize_shards=True)(w, dealt(batch, 4))
-    assert_close(got, by_hand(4))
+    assert_close(got, gradient_by_hand(4))
 
 
 @both_ways
@@ -187,7 +202,7 @@ def test_weights_matter_by_their_ratios_alone(vectorize):
   w, batch = make_problem()
   small = lambda w, batch: jax.tree.map(lambda x: x / 64, squares(w, batch))
   take = drop_in(small, shards=4, vectorize_shards=vectorize)
-  assert_close(take(w, dealt(batch, 4)), by_hand(4))
+  assert_close(take(w, dealt(batch, 4)), gradient_by_hand(4))
 
 
 @passes
@@ -241,7 +256,7 @@ def test_aux_beside_a_weight(once, vectorize):
     compile_once=once,
   )
   (value, aux), grads = take(w, dealt(batch, 4))
-  assert_close((value, grads), by_hand(4))
+  assert_close((value, grads), gradient_by_hand(4))
   np.testing.assert_allclose(aux, w[0] + batch[1][::4], rtol=1e-6)
 
 
@@ -266,7 +281,7 @@ def test_a_loss_may_sum_over_devices_itself():
   got = on_devices(drop_in(summed), mesh(i=4), in_specs=(P(), P('i')), out_specs=P())(
     w, batch
   )
-  assert_close(got, by_hand())
+  assert_close(got, gradient_by_hand())
 
 
 # ---- Loss scaling
@@ -332,7 +347,7 @@ def test_a_scale_may_be_traced():
   """As one that a training loop adapts is."""
   w, batch = make_problem()
   f = jax.jit(lambda w, batch, scale: drop_in(loss_scale=scale)(w, batch))
-  assert_close(f(w, batch, 1024.0), by_hand())
+  assert_close(f(w, batch, 1024.0), gradient_by_hand())
 
 
 @passes

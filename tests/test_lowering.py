@@ -16,25 +16,18 @@ import numpy as np
 import optax
 import pytest
 
-import msam_optax
-from tests.conformance.methods import make_method
-from tests.conformance.methods import METHODS
-from tests.conformance.training import cases
-from tests.conformance.training import DEFAULT_METHODS
+from tests.methods import cases
+from tests.methods import drop_in
+from tests.methods import every_method_slowly
+from tests.methods import is_default
+from tests.methods import METHODS
+from tests.methods import transformation
 from tests.problems import batch
 from tests.problems import loss
 from tests.problems import mlp_params
 
 pytestmark = pytest.mark.standard_promotion
 
-# The metrics of the methods with the arguments in `METHODS`, for the drop-in.
-METRICS = {
-  'msam': msam_optax.monge(),
-  'sam': msam_optax.euclidean(),
-  'asam': msam_optax.adaptive(weights=True),
-  'fisher_sam': msam_optax.diagonal_fisher(),
-  'sharpness_aware': METHODS['sharpness_aware'].get('metric'),
-}
 DOORS = ('chain', 'drop_in')
 DTYPES = ('float32', 'bfloat16')
 ACCELERATORS = ('tpu', 'cuda', 'rocm')
@@ -42,7 +35,7 @@ DEVICES = 8
 
 each_case = pytest.mark.parametrize(
   ('method', 'door', 'dtype'),
-  cases(METHODS, DOORS, DTYPES, default=lambda method, *_: method in DEFAULT_METHODS),
+  cases(METHODS, DOORS, DTYPES, plain=is_default),
 )
 
 
@@ -50,7 +43,7 @@ def make_step(method, door):
   """The optimizer, and a step of training as a user would write it."""
   tx = optax.adam(optax.cosine_decay_schedule(0.01, 100))
   if door == 'chain':
-    tx = optax.chain(make_method(method, optax.linear_schedule(0.1, 0.0, 100)), tx)
+    tx = optax.chain(transformation(method, optax.linear_schedule(0.1, 0.0, 100)), tx)
 
   def step(params, state, data):
     if door == 'chain':
@@ -60,7 +53,7 @@ def make_step(method, door):
         grads, state, params, value_and_grad_fn=take, value=value
       )
     else:
-      take = msam_optax.value_and_grad(loss, METRICS[method], 0.1)
+      take = drop_in(method, loss)
       value, grads = take(params, data)
       updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, value
@@ -122,7 +115,7 @@ def test_lowers_for(platform, method, door, dtype):
     METHODS,
     DOORS,
     ('float32',),
-    default=lambda method, door, dtype: (
+    plain=lambda method, door, dtype: (
       (method, door, dtype) == ('msam', 'chain', 'float32')
     ),
   ),
@@ -154,7 +147,7 @@ def sharded_problem(method, door):
 
 every_door = pytest.mark.parametrize(
   ('method', 'door'),
-  cases(METHODS, DOORS, default=lambda method, _: method in DEFAULT_METHODS),
+  cases(METHODS, DOORS, plain=is_default),
 )
 
 
@@ -181,11 +174,12 @@ def test_sharded_exported_step_equals_eager_one_on_one_device(method, door):
 
 
 @pytest.mark.cpu
+@every_method_slowly
 @pytest.mark.parametrize('platform', ACCELERATORS)
-def test_mapped_step_lowers_for(platform):
+def test_mapped_step_lowers_for(platform, method):
   """With ``axis_name`` the devices' gradients are summed, in the module itself."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('i',))
-  tx = msam_optax.msam(axis_name='i')
+  tx = transformation(method, axis_name='i')
   grad_fn = lambda params, data: jax.grad(loss)(params, data)
 
   def step(params, data):

@@ -13,8 +13,13 @@ import pytest
 import msam_optax
 from msam_optax import flax_linen
 from msam_optax import msam
-from tests.conformance.methods import make_method
-from tests.conformance.methods import METHODS
+from tests.methods import cases
+from tests.methods import drop_in
+from tests.methods import every_method
+from tests.methods import every_method_slowly
+from tests.methods import is_default
+from tests.methods import METHODS
+from tests.methods import transformation
 from tests.problems import batch
 from tests.problems import loss as mlp_loss
 from tests.problems import mlp_params
@@ -67,6 +72,38 @@ def test_the_flag_is_the_same_on_all_replicas():
   grads = jnp.ones((4, 2))
   assert jax.vmap(step, axis_name='i')(grads).all()
   assert not jax.vmap(step, axis_name='i')(grads.at[2, 0].set(jnp.inf)).any()
+
+
+DOORS = {
+  'chain': {},
+  'drop-in': {},
+  'compiled once': {'compile_once': True},
+}
+
+
+@pytest.mark.parametrize('at', ['clean', 'probe'])
+@pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
+@pytest.mark.parametrize(('method', 'door'), cases(METHODS, DOORS, plain=is_default))
+def test_what_is_not_finite_on_one_replica_is_so_on_all(method, door, sync_ascent, at):
+  """And the same there: replicas that take different steps are never one again."""
+  mapped = {'axis_name': 'i', 'sync_ascent': sync_ascent}
+
+  def broken(w, x):
+    """Finite at the parameters, or not, where ``x`` says so."""
+    where = jnp.all(w == 1.0) == (at == 'clean')
+    return jnp.sum(jnp.square(w)) * jnp.where(where, x, 1.0)
+
+  def step(x):
+    w = jnp.ones((2, 2))
+    if door != 'chain':
+      return drop_in(method, broken, **mapped, **DOORS[door])(w, x)[1]
+    tx, grad_fn = transformation(method, **mapped), lambda w: jax.grad(broken)(w, x)
+    return tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
+
+  bad = jnp.ones((3, 4)).at[:, 2].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
+  updates = jax.jit(jax.vmap(jax.vmap(step, axis_name='i')))(bad)
+  assert not np.isfinite(updates).any()
+  np.testing.assert_array_equal(updates, np.repeat(updates[:, :1], 4, axis=1))
 
 
 def test_apply_if_finite_behind_the_method_sees_the_probe():
@@ -216,10 +253,10 @@ def debugging():
 
 @pytest.mark.usefixtures('debugging')
 @pytest.mark.parametrize('eager', [False, True], ids=['jit', 'disable_jit'])
-@pytest.mark.parametrize('name', METHODS)
-def test_a_healthy_step_makes_no_nan_on_its_way(name, eager):
+@every_method
+def test_a_healthy_step_makes_no_nan_on_its_way(method, eager):
   """Nor an infinity, at any size of the gradient, nor where it is zero."""
-  tx = make_method(name)
+  tx = transformation(method)
   for size in (0.0, 1.0) if eager else (0.0, 1.0, 1e-25, 1e15):
     f = lambda p, size=size: size * mlp_loss(p, batch())
     with jax.disable_jit(eager):
@@ -238,9 +275,10 @@ def test_a_healthy_step_makes_no_nan_on_its_way(name, eager):
 @pytest.mark.usefixtures('debugging')
 @pytest.mark.parametrize('options', [{}, {'compile_once': True}], ids=str)
 @pytest.mark.parametrize('eager', [False, True], ids=['jit', 'disable_jit'])
-def test_a_healthy_drop_in_makes_no_nan_on_its_way(eager, options):
+@every_method_slowly
+def test_a_healthy_drop_in_makes_no_nan_on_its_way(method, eager, options):
   with jax.disable_jit(eager):
-    value, _ = msam_optax.value_and_grad(mlp_loss, **options)(mlp_params(), batch())
+    value, _ = drop_in(method, mlp_loss, **options)(mlp_params(), batch())
   assert np.isfinite(value)
 
 

@@ -12,6 +12,12 @@ import pytest
 
 import msam_optax
 from tests import by_hand
+from tests import methods
+from tests.methods import cases
+from tests.methods import DEFAULT
+from tests.methods import is_default
+from tests.methods import OTHERS
+from tests.methods import transformation
 
 PARTS = 4
 if hasattr(jax, 'shard_map'):
@@ -19,21 +25,8 @@ if hasattr(jax, 'shard_map'):
 else:
   from jax.experimental.shard_map import shard_map
 
-METHODS = {
-  'msam': (msam_optax.msam, msam_optax.monge()),
-  'sam': (msam_optax.sam, msam_optax.euclidean()),
-  'asam': (msam_optax.asam, msam_optax.adaptive()),
-}
-# A plain run takes Monge SAM; the others differ from it in a metric.
 pytestmark = pytest.mark.cpu
 
-every_method = pytest.mark.parametrize(
-  'method',
-  [
-    pytest.param(method, marks=() if method == 'msam' else pytest.mark.slow)
-    for method in METHODS
-  ],
-)
 both_syncs = pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
 
 
@@ -61,10 +54,9 @@ def loss(params, data, add_up=lambda x: x):
   return jnp.mean((out - y) ** 2)
 
 
-def expected(method, **kwargs):
-  return by_hand.sharpness_aware_gradient(
-    method, loss, make_params(), make_data(), **kwargs
-  )
+@functools.cache
+def expected(method, **options):
+  return by_hand.gradient(method, loss, make_params(), make_data(), **options)
 
 
 def assert_close(got, want):
@@ -73,7 +65,7 @@ def assert_close(got, want):
 
 def chain(method, loss=loss, **kwargs):
   """``(params, data) -> (value, updates)`` of the transformation."""
-  tx = METHODS[method][0](rho=by_hand.RHO[method], **kwargs)
+  tx = transformation(method, **kwargs)
 
   def step(params, data):
     take = jax.value_and_grad(lambda p: loss(p, data))
@@ -86,10 +78,8 @@ def chain(method, loss=loss, **kwargs):
   return step
 
 
-def drop_in(method, loss=loss, **kwargs):
-  return msam_optax.value_and_grad(
-    loss, METHODS[method][1], by_hand.RHO[method], **kwargs
-  )
+def drop_in(method, loss=loss, **options):
+  return methods.drop_in(method, loss, **options)
 
 
 DOORS = {
@@ -99,11 +89,12 @@ DOORS = {
 }
 # Two copies of the gradient are in test_shards, and here in a slow run.
 every_door = pytest.mark.parametrize(
-  'door',
-  [
-    pytest.param(door, marks=pytest.mark.slow if door == 'drop-in' else ())
-    for door in DOORS
-  ],
+  'door', cases(DOORS, plain=lambda door: door != 'drop-in')
+)
+every_method_and_door = pytest.mark.parametrize(
+  ('method', 'door'),
+  cases(DEFAULT, DOORS, plain=lambda method, door: door != 'drop-in')
+  + cases(OTHERS, ('chain', 'compiled once'), plain=is_default),
 )
 
 
@@ -142,8 +133,7 @@ def vary(params, axis='i'):
 
 
 @both_syncs
-@every_door
-@every_method
+@every_method_and_door
 @pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
 def test_shard_map(check_vma, method, door, sync):
   step = DOORS[door](method, axis_name='i', sync_ascent=sync)
@@ -151,8 +141,7 @@ def test_shard_map(check_vma, method, door, sync):
 
 
 @both_syncs
-@every_door
-@every_method
+@every_method_and_door
 @pytest.mark.filterwarnings('ignore:.*pmap.*')
 def test_pmap(method, door, sync):
   step = DOORS[door](method, axis_name='i', sync_ascent=sync)
@@ -185,8 +174,7 @@ def place(layout, axis_types=None):
   return params, tuple(put(x, data_spec) for x in make_data()), on
 
 
-@every_door
-@every_method
+@every_method_and_door
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_jit_with_sharded_arrays(layout, method, door):
   params, data, _ = place(layout)
@@ -227,8 +215,7 @@ TENSOR_PARALLEL = {
 
 
 @both_syncs
-@every_door
-@every_method
+@every_method_and_door
 def test_shard_map_with_sharded_parameters(method, door, sync):
   """Data over one axis, the hidden layer over another, one leaf on every device.
 
@@ -251,8 +238,7 @@ def test_shard_map_with_sharded_parameters(method, door, sync):
   assert_close(grads, expected(method, parts=4, synced=sync)[1])
 
 
-@every_door
-@every_method
+@every_method_and_door
 @pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
 def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, door):
   """The gradient of a gathered parameter comes back as the sum, scattered."""
@@ -464,9 +450,10 @@ def test_each_device_may_have_a_radius_of_its_own(shards, once, sync):
   a_device = shards or 1
   want = expected(
     'msam',
-    parts=2 * a_device,
+    parts=2,
+    shards=a_device,
     synced=sync,
-    radii=[0.1] * a_device + [0.3] * a_device,
+    radii=(0.1,) * a_device + (0.3,) * a_device,
   )
   assert_close(grads, want[1])
 

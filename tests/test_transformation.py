@@ -4,67 +4,37 @@ import functools
 
 import chex
 import jax
-from jax import flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import msam_optax
+from tests import by_hand
+from tests.methods import every_method
+from tests.methods import every_method_slowly
+from tests.methods import METHODS
+from tests.methods import transformation
 from tests.problems import batch
 from tests.problems import loss
 from tests.problems import mlp_params
 
-METHODS = {
-  'msam': msam_optax.msam,
-  'sam': msam_optax.sam,
-  'asam': msam_optax.asam,
-  'fisher_sam': msam_optax.fisher_sam,
-}
-
-
-def dense_delta(name, w, g, rho, alpha=1.0, eta=None):
-  """``ρ G⁻¹g/√(gᵀG⁻¹g)`` in float64 by a dense solve, for flat ``w`` and ``g``."""
-  if name == 'asam':
-    is_weight = flatten_util.ravel_pytree(
-      jax.tree.map(lambda p: jnp.full(p.shape, p.ndim >= 2), mlp_params())
-    )[0]
-    t = np.where(is_weight, np.abs(w) + eta, 1.0)
-    metric = np.diag(t**-2.0)
-  elif name == 'fisher_sam':
-    metric = np.diag(1 + eta * g**2)
-  else:
-    metric = np.eye(len(g)) + (alpha**2 if name == 'msam' else 0.0) * np.outer(g, g)
-  u = np.linalg.solve(metric, g)
-  return rho * u / np.sqrt(g @ u)
-
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize(
-  ('name', 'kwargs'),
-  [
-    ('msam', {'rho': 0.3, 'alpha': 2.0}),
-    ('sam', {'rho': 0.3}),
-    ('asam', {'rho': 0.3, 'eta': 0.01}),
-    ('fisher_sam', {'rho': 0.3, 'eta': 2.0}),
-  ],
-)
-def test_update_is_gradient_at_densely_solved_probe(name, kwargs):
+@every_method
+def test_update_and_scalars_are_those_by_hand(method):
   params, data = mlp_params(jnp.float64), batch(dtype=jnp.float64)
-  grads = jax.grad(loss)(params, data)
-  w, unravel = flatten_util.ravel_pytree(params)
-  g, _ = flatten_util.ravel_pytree(grads)
-  probe = unravel(w + dense_delta(name, np.asarray(w), np.asarray(g), **kwargs))
+  grad_fn = lambda p: jax.grad(loss)(p, data)
+  grads, tx = grad_fn(params), transformation(method)
+  updates, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
 
-  tx = METHODS[name](**kwargs)
-  updates, state = tx.update(
-    grads, tx.init(params), params, grad_fn=lambda p: jax.grad(loss)(p, data)
-  )
-
-  chex.assert_trees_all_close(updates, jax.grad(loss)(probe, data), rtol=1e-10)
-  delta = flatten_util.ravel_pytree(probe)[0] - w
-  np.testing.assert_allclose(state.radius, np.linalg.norm(delta), rtol=1e-10)
-  np.testing.assert_allclose(state.slope * kwargs['rho'], g @ delta, rtol=1e-10)
+  expected = by_hand.update(method, params, [grad_fn])
+  chex.assert_trees_all_close(updates, expected, rtol=1e-10, atol=1e-14)
+  probe = by_hand.probe(method, params, grads)
+  delta = jax.tree.map(jnp.subtract, probe, params)
+  np.testing.assert_allclose(state.radius, optax.tree.norm(delta), rtol=1e-10)
+  slope = by_hand.slope(method, params, grads)
+  np.testing.assert_allclose(state.slope, slope, rtol=1e-10)
 
 
 @pytest.mark.standard_promotion
@@ -243,8 +213,8 @@ def test_integer_and_key_leaves_pass_where_masked_out():
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-@pytest.mark.parametrize('name', METHODS)
-def test_zero_gradient_goes_through_unperturbed(name, dtype):
+@every_method
+def test_zero_gradient_goes_through_unperturbed(method, dtype):
   params = {'w': jnp.ones((2, 2), dtype), 'b': jnp.ones(2, dtype)}
   zeros = jax.tree.map(jnp.zeros_like, params)
   seen = []
@@ -253,9 +223,10 @@ def test_zero_gradient_goes_through_unperturbed(name, dtype):
     seen.append(p)
     return zeros
 
-  tx = METHODS[name]()
+  tx = transformation(method)
   updates, state = tx.update(zeros, tx.init(params), params, grad_fn=grad_fn)
-  chex.assert_trees_all_equal(seen[0], params)
+  for probe in seen:
+    chex.assert_trees_all_equal(probe, params)
   chex.assert_trees_all_equal(updates, zeros)
   chex.assert_tree_all_finite(state)
   assert state.radius == 0.0
@@ -264,8 +235,8 @@ def test_zero_gradient_goes_through_unperturbed(name, dtype):
 
 @pytest.mark.parametrize('bad', [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-@pytest.mark.parametrize('name', METHODS)
-def test_non_finite_gradient_is_seen_and_not_spread(name, dtype, bad):
+@every_method
+def test_non_finite_gradient_is_seen_and_does_not_stay(method, dtype, bad):
   params = {'w': jnp.ones((2, 2), dtype), 'b': jnp.ones(2, dtype)}
   grads = {'w': jnp.full((2, 2), bad, dtype), 'b': jnp.ones(2, dtype)}
   seen = []
@@ -274,11 +245,13 @@ def test_non_finite_gradient_is_seen_and_not_spread(name, dtype, bad):
     seen.append(p)
     return jax.tree.map(jnp.ones_like, p)
 
-  tx = METHODS[name]()
+  tx = transformation(method)
   updates, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
-  chex.assert_trees_all_equal(seen[0], params)
+  for probe in seen:
+    chex.assert_trees_all_equal(probe, params)
   assert not np.any(np.isfinite(np.asarray(updates['w'], np.float32)))
-  chex.assert_trees_all_equal(updates['b'], jnp.ones(2, dtype))
+  if METHODS[method].combination is None:  # Others may mix leaves.
+    chex.assert_trees_all_equal(updates['b'], jnp.ones(2, dtype))
   chex.assert_tree_all_finite(state)
 
 
@@ -417,22 +390,15 @@ def test_foreign_extra_arguments_reach_others():
 
 
 @pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=() if name == 'msam' else pytest.mark.slow)
-    for name in METHODS
-  ],
-)
+@every_method_slowly
 @pytest.mark.parametrize(
   'mapped', [pytest.param('pmap', marks=pytest.mark.cpu), 'vmap']
 )
-def test_mapped_axis_equals_loop_over_shards(mapped, name, sync_ascent):
-  shards, tx = 4, METHODS[name](rho=0.3, axis_name='i', sync_ascent=sync_ascent)
-  params = mlp_params()
-  data = jax.tree.map(
-    lambda *xs: jnp.stack(xs), *[batch(step) for step in range(shards)]
-  )
+def test_mapped_axis_equals_loop_over_parts(mapped, method, sync_ascent):
+  parts = 4
+  tx = transformation(method, axis_name='i', sync_ascent=sync_ascent)
+  params, batches = mlp_params(), [batch(step) for step in range(parts)]
+  data = jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
 
   def replica(params, data):
     value, grads = jax.value_and_grad(loss)(params, data)
@@ -446,33 +412,31 @@ def test_mapped_axis_equals_loop_over_shards(mapped, name, sync_ascent):
   # One program; pmap is one already.
   updates, state = (run if mapped == 'pmap' else jax.jit(run))(params, data)
 
-  plain = METHODS[name](rho=0.3)
-  gradients = [jax.grad(loss)(params, batch(step)) for step in range(shards)]
-  mean = jax.tree.map(lambda *gs: sum(gs) / shards, *gradients)
-  results = []
-  for step, own in enumerate(gradients):
-    take = jax.value_and_grad(functools.partial(loss, data=batch(step)))
-    results.append(
-      plain.update(
-        mean if sync_ascent else own,
-        plain.init(params),
-        params,
-        value_and_grad_fn=take,
-        value=loss(params, batch(step)),
-      )
+  take = jax.jit(jax.value_and_grad(loss))
+  gradients = [lambda p, data=data: take(p, data)[1] for data in batches]
+  expected = by_hand.update(method, params, gradients, synced=sync_ascent)
+  # Each replica's scalars, as it would have them alone, and their mean.
+  own = [gradient(params) for gradient in gradients]
+  mean = jax.tree.map(lambda *gs: np.mean(gs, axis=0), *own)
+  alone, scalars = transformation(method), []
+  for data, g in zip(batches, own, strict=True):
+    _, new = alone.update(
+      mean if sync_ascent else g,
+      alone.init(params),
+      params,
+      value_and_grad_fn=lambda p, data=data: take(p, data),
+      value=take(params, data)[0],
     )
-  expected = jax.tree.map(
-    lambda *xs: np.mean(np.stack(xs), axis=0, dtype=np.float32), *results
-  )
-  for replica_index in (0, shards - 1):
-    got = jax.tree.map(lambda x: x[replica_index], (updates, state))
-    chex.assert_trees_all_close(
-      (got[0], got[1]._replace(count=0, finite=0)),
-      (expected[0], expected[1]._replace(count=0, finite=0)),
-      rtol=1e-4,
-      atol=1e-6,
-    )
+    scalars.append(np.array([getattr(new, name) for name in SCALARS]))
+  for i in (0, parts - 1):
+    got = jax.tree.map(lambda x, i=i: x[i], (updates, state))
+    chex.assert_trees_all_close(got[0], expected, rtol=1e-4, atol=1e-6)
+    recorded = np.array([getattr(got[1], name) for name in SCALARS])
+    np.testing.assert_allclose(recorded, np.mean(scalars, 0), rtol=1e-4, atol=1e-6)
     assert got[1].finite
+
+
+SCALARS = ('slope', 'radius', 'probe_value', 'rise')
 
 
 @pytest.mark.standard_promotion

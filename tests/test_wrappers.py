@@ -9,8 +9,15 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-import msam_optax
-from msam_optax import msam
+from tests import by_hand
+from tests.methods import cases
+from tests.methods import DEFAULT
+from tests.methods import drop_in
+from tests.methods import every_method_slowly
+from tests.methods import is_default
+from tests.methods import METHODS
+from tests.methods import OTHERS
+from tests.methods import transformation
 from tests.problems import batch
 from tests.problems import loss
 from tests.problems import mlp_params
@@ -27,8 +34,8 @@ HIDDEN = {
 LABELS = jax.tree.map(lambda hidden: 'train' if hidden else 'freeze', HIDDEN)
 
 
-def method():
-  return optax.chain(msam(rho=0.2), optax.sgd(0.1))
+def chain(method='msam'):
+  return optax.chain(transformation(method), optax.sgd(0.1))
 
 
 def step(tx, params=PARAMS, **kwargs):
@@ -38,44 +45,58 @@ def step(tx, params=PARAMS, **kwargs):
   return run(grads, tx.init(params), params)[0]
 
 
-def expected():
-  """``−0.1`` times the gradient at the probe of the paper's formula."""
-  g = GRAD_FN(PARAMS)
-  n = optax.tree.norm(g)
-  factor = 0.2 / (n * jnp.sqrt(1 + n**2))
-  probe = jax.tree.map(lambda w, g: w + factor * g, PARAMS, g)
-  return jax.tree.map(lambda g: -0.1 * g, GRAD_FN(probe))
+def expected(method='msam'):
+  """``−0.1`` times the gradient by hand."""
+  update = by_hand.update(method, PARAMS, [GRAD_FN])
+  return jax.tree.map(lambda u: np.float32(-0.1) * u, update)
 
 
 def always(*_, **__):
   return True
 
 
+FORWARDING = {
+  'chain': lambda tx, descent: optax.chain(optax.identity(), optax.chain(tx, descent)),
+  'named_chain': lambda tx, descent: optax.named_chain(
+    ('ascent', tx), ('descent', descent)
+  ),
+  'apply_if_finite': lambda *parts: optax.apply_if_finite(
+    optax.chain(*parts), max_consecutive_errors=3
+  ),
+  'conditionally_transform': lambda *parts: optax.conditionally_transform(
+    optax.chain(*parts), always
+  ),
+  'conditionally_mask': lambda *parts: optax.conditionally_mask(
+    optax.chain(*parts), always
+  ),
+  'masked-all': lambda *parts: optax.masked(
+    optax.chain(*parts), jax.tree.map(lambda _: True, PARAMS)
+  ),
+  'MultiSteps': lambda *parts: optax.MultiSteps(
+    optax.chain(*parts), every_k_schedule=1
+  ),
+}
+
+
 @pytest.mark.parametrize(
-  'wrap',
-  [
-    lambda: optax.chain(optax.identity(), method()),
-    lambda: optax.named_chain(('ascent', msam(rho=0.2)), ('descent', optax.sgd(0.1))),
-    lambda: optax.chain(optax.inject_hyperparams(msam)(rho=0.2), optax.sgd(0.1)),
-    lambda: optax.apply_if_finite(method(), max_consecutive_errors=3),
-    lambda: optax.conditionally_transform(method(), always),
-    lambda: optax.conditionally_mask(method(), always),
-    lambda: optax.masked(method(), jax.tree.map(lambda _: True, PARAMS)),
-    lambda: optax.MultiSteps(method(), every_k_schedule=1),
-  ],
-  ids=[
-    'chain',
-    'named_chain',
-    'inject_hyperparams',
-    'apply_if_finite',
-    'conditionally_transform',
-    'conditionally_mask',
-    'masked-all',
-    'MultiSteps',
-  ],
+  ('method', 'wrapper'), cases(METHODS, FORWARDING, plain=is_default)
 )
-def test_inside_a_wrapper_that_forwards(wrap):
-  chex.assert_trees_all_close(step(wrap(), grad_fn=GRAD_FN), expected(), rtol=1e-5)
+def test_inside_a_wrapper_that_forwards(method, wrapper):
+  tx = FORWARDING[wrapper](transformation(method), optax.sgd(0.1))
+  chex.assert_trees_all_close(
+    step(tx, grad_fn=GRAD_FN), expected(method), rtol=1e-5, atol=1e-7
+  )
+
+
+@every_method_slowly
+def test_inside_inject_hyperparams(method):
+  """Its radius, given as a number, is an array of the state."""
+  row = METHODS[method]
+  injected = optax.inject_hyperparams(row.make)(rho=row.rho)
+  tx = optax.chain(injected, optax.sgd(0.1))
+  chex.assert_trees_all_close(
+    step(tx, grad_fn=GRAD_FN), expected(method), rtol=1e-5, atol=1e-7
+  )
 
 
 def test_inside_schedule_free():
@@ -84,13 +105,13 @@ def test_inside_schedule_free():
   outside = wrap(optax.sgd(0.1))
   at_probe = jax.tree.map(lambda u: -10 * u, expected())
   from_outside, _ = outside.update(at_probe, outside.init(PARAMS), PARAMS)
-  inside = step(wrap(method()), grad_fn=GRAD_FN)
+  inside = step(wrap(chain()), grad_fn=GRAD_FN)
   chex.assert_trees_all_close(inside, from_outside, rtol=1e-4, atol=1e-6)
 
 
 def test_inside_mechanize():
   """Its first steps are too small to compare, so a run of it is looked at."""
-  tx = optax.contrib.mechanize(method())
+  tx = optax.contrib.mechanize(chain())
 
   def train_step(carry, _):
     params, state = carry
@@ -107,9 +128,9 @@ def test_inside_mechanize():
 @pytest.mark.parametrize(
   'wrap',
   [
-    lambda: optax.masked(method(), HIDDEN),
-    lambda: optax.partition({'train': method(), 'freeze': optax.set_to_zero()}, LABELS),
-    lambda: optax.transforms.selective_transform(method(), freeze_mask=HIDDEN),
+    lambda: optax.masked(chain(), HIDDEN),
+    lambda: optax.partition({'train': chain(), 'freeze': optax.set_to_zero()}, LABELS),
+    lambda: optax.transforms.selective_transform(chain(), freeze_mask=HIDDEN),
   ],
   ids=['masked', 'partition', 'selective_transform'],
 )
@@ -120,15 +141,15 @@ def test_inside_a_wrapper_that_takes_leaves_away(wrap):
 
 def test_inside_flatten():
   with pytest.raises(TypeError, match='string indexing') as error:
-    step(optax.flatten(method()), grad_fn=GRAD_FN)
+    step(optax.flatten(chain()), grad_fn=GRAD_FN)
   assert 'stands inside optax.flatten: put it before' in error.value.__notes__[0]
 
 
 @pytest.mark.parametrize(
   'wrap',
   [
-    lambda: optax.chain(optax.MultiSteps(method(), 2).gradient_transformation()),
-    lambda: optax.contrib.split_real_and_imaginary(method()),
+    lambda: optax.chain(optax.MultiSteps(chain(), 2).gradient_transformation()),
+    lambda: optax.contrib.split_real_and_imaginary(chain()),
   ],
   ids=['MultiSteps-in-chain', 'split_real_and_imaginary'],
 )
@@ -146,7 +167,7 @@ def test_inside_a_wrapper_that_drops_extra_arguments(wrap):
   ids=['lookahead', 'split_real_and_imaginary'],
 )
 def test_wrappers_that_refuse_extra_arguments_do_so_themselves(wrap):
-  tx = wrap(method())
+  tx = wrap(chain())
   with pytest.raises(TypeError, match="unexpected keyword argument 'grad_fn'"):
     tx.update(GRAD_FN(PARAMS), None, PARAMS, grad_fn=GRAD_FN)
 
@@ -167,42 +188,51 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize('name', INNER)
-def test_before_every_wrapper_in_a_chain(name):
+# What is behind a method sees a gradient, whatever the method.
+every_method_before_some = pytest.mark.parametrize(
+  ('method', 'name'),
+  cases(DEFAULT, INNER) + cases(OTHERS, ('MultiSteps',), plain=is_default),
+)
+
+
+@every_method_before_some
+def test_before_every_wrapper_in_a_chain(method, name):
   """``chain(msam, wrapper(optimizer))`` gives the wrapper the gradient at the probe."""
   wrapped = INNER[name](optax.sgd(0.1))
-  at_probe = jax.tree.map(lambda u: -10 * u, expected())
+  at_probe = jax.tree.map(lambda u: -10 * u, expected(method))
   alone, _ = wrapped.update(at_probe, wrapped.init(PARAMS), PARAMS)
-  chained = step(optax.chain(msam(rho=0.2), wrapped), grad_fn=GRAD_FN)
-  chex.assert_trees_all_close(chained, alone, rtol=1e-5)
+  chained = step(optax.chain(transformation(method), wrapped), grad_fn=GRAD_FN)
+  chex.assert_trees_all_close(chained, alone, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('name', INNER)
-def test_drop_in_works_with_every_wrapper(name):
-  take = msam_optax.value_and_grad(lambda p: loss(p, DATA), rho=0.2)
+@every_method_before_some
+def test_drop_in_works_with_every_wrapper(method, name):
+  take = drop_in(method, lambda p: loss(p, DATA))
   value, grads = take(PARAMS)
   wrapped = INNER[name](optax.sgd(0.1))
   got, _ = wrapped.update(grads, wrapped.init(PARAMS), PARAMS)
-  chained = step(optax.chain(msam(rho=0.2), wrapped), grad_fn=GRAD_FN)
-  chex.assert_trees_all_close(got, chained, rtol=1e-5)
+  chained = step(optax.chain(transformation(method), wrapped), grad_fn=GRAD_FN)
+  chex.assert_trees_all_close(got, chained, rtol=1e-5, atol=1e-7)
   chex.assert_trees_all_equal(value, loss(PARAMS, DATA))
 
 
-def test_before_lookahead():
+@every_method_slowly
+def test_before_lookahead(method):
   """Gradients are taken at the fast parameters of its two sets."""
   params = optax.LookaheadParams.init_synced(PARAMS)
   inner = optax.lookahead(optax.sgd(0.1), sync_period=5, slow_step_size=0.5)
-  tx = optax.chain(msam(rho=0.2), inner)
+  tx = optax.chain(transformation(method), inner)
   updates, _ = tx.update(GRAD_FN(PARAMS), tx.init(params), params, grad_fn=GRAD_FN)
-  chex.assert_trees_all_close(updates.fast, expected(), rtol=1e-5)
+  chex.assert_trees_all_close(updates.fast, expected(method), rtol=1e-5, atol=1e-7)
 
 
-def test_drop_in_with_lookahead():
+@every_method_slowly
+def test_drop_in_with_lookahead(method):
   params = optax.LookaheadParams.init_synced(PARAMS)
   tx = optax.lookahead(optax.sgd(0.1), sync_period=5, slow_step_size=0.5)
-  _, grads = msam_optax.value_and_grad(lambda p: loss(p, DATA), rho=0.2)(params.fast)
+  _, grads = drop_in(method, lambda p: loss(p, DATA))(params.fast)
   updates, _ = tx.update(grads, tx.init(params), params)
-  chex.assert_trees_all_close(updates.fast, expected(), rtol=1e-5)
+  chex.assert_trees_all_close(updates.fast, expected(method), rtol=1e-5, atol=1e-7)
 
 
 def test_clipping_before_the_method_changes_its_radius_and_after_it_does_not():
@@ -214,18 +244,22 @@ def test_clipping_before_the_method_changes_its_radius_and_after_it_does_not():
   assert n > 1
 
   def at_probe(slope):
-    factor = 0.2 / (n * np.sqrt(1 + slope**2))
+    factor = METHODS['msam'].rho / (n * np.sqrt(1 + slope**2))
     return GRAD_FN(jax.tree.map(lambda w, g: w + factor * g, PARAMS, g))
 
   after = jax.tree.map(lambda x: 0.1 * x / optax.tree.norm(at_probe(n)), at_probe(n))
-  chex.assert_trees_all_close(run(msam(rho=0.2), clip), after, rtol=1e-5)
-  chex.assert_trees_all_close(run(clip, msam(rho=0.2)), at_probe(0.1), rtol=1e-5)
+  chex.assert_trees_all_close(run(transformation('msam'), clip), after, rtol=1e-5)
+  chex.assert_trees_all_close(
+    run(clip, transformation('msam')), at_probe(0.1), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize('how', ['flax', 'orbax'])
-def test_training_that_began_without_the_method_goes_on_with_it(how, tmp_path):
+@every_method_slowly
+def test_training_that_began_without_the_method_goes_on_with_it(method, how, tmp_path):
   """A checkpoint of Adam: its state takes its place in the chain's."""
-  adam, tx = optax.adam(0.1), optax.chain(msam(rho=0.2), optax.adam(0.1))
+  adam = optax.adam(0.1)
+  tx = optax.chain(transformation(method), optax.adam(0.1))
   updates, old = adam.update(GRAD_FN(PARAMS), adam.init(PARAMS), PARAMS)
   params = optax.apply_updates(PARAMS, updates)
   if how == 'flax':
@@ -240,62 +274,75 @@ def test_training_that_began_without_the_method_goes_on_with_it(how, tmp_path):
   ascent, _ = tx.init(params)
   updates, _ = tx.update(GRAD_FN(params), (ascent, restored), params, grad_fn=GRAD_FN)
 
-  at_probe = msam_optax.value_and_grad(lambda p: loss(p, DATA), rho=0.2)(params)[1]
+  at_probe = drop_in(method, lambda p: loss(p, DATA))(params)[1]
   want, _ = adam.update(at_probe, old, params)
   chex.assert_trees_all_close(updates, want, rtol=1e-4)
 
 
-def accumulated(k=3):
+def accumulated(method, k=3):
   """The mean of the sharpness-aware gradients of k batches, each its own probe."""
-  gradients = []
-  for i in range(k):
-    grad = jax.grad(loss)
-    g = grad(PARAMS, batch(i))
-    n = optax.tree.norm(g)
-    factor = 0.2 / (n * jnp.sqrt(1 + n**2))
-    probe = jax.tree.map(lambda w, g: w + factor * g, PARAMS, g)
-    gradients.append(grad(probe, batch(i)))
-  return jax.tree.map(lambda *gs: sum(gs) / k, *gradients)
+  updates = [
+    by_hand.update(method, PARAMS, [lambda w, i=i: jax.grad(loss)(w, batch(i))])
+    for i in range(k)
+  ]
+  return jax.tree.map(lambda *us: sum(us) / np.float32(k), *updates)
 
 
-def test_accumulation_after_the_method():
+@every_method_slowly
+def test_accumulation_after_the_method(method):
   """``chain(msam, MultiSteps(optimizer))``: each micro-batch has its own probe."""
   inner = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
-  tx = optax.chain(msam(rho=0.2), inner.gradient_transformation())
-  state = tx.init(PARAMS)
-  for i in range(3):
-    grad_fn = jax.grad(lambda p: loss(p, batch(i)))
-    updates, state = tx.update(grad_fn(PARAMS), state, PARAMS, grad_fn=grad_fn)
+  tx = optax.chain(transformation(method), inner.gradient_transformation())
+
+  @jax.jit
+  def run(state):
+    for i in range(3):
+      grad_fn = jax.grad(lambda p: loss(p, batch(i)))
+      updates, state = tx.update(grad_fn(PARAMS), state, PARAMS, grad_fn=grad_fn)
+    return updates
+
+  updates = run(tx.init(PARAMS))
   chex.assert_trees_all_close(
-    updates, jax.tree.map(jnp.negative, accumulated()), rtol=1e-4, atol=1e-6
+    updates, jax.tree.map(jnp.negative, accumulated(method)), rtol=1e-4, atol=1e-6
   )
 
 
-def test_accumulation_of_the_drop_in():
+@every_method_slowly
+def test_accumulation_of_the_drop_in(method):
   tx = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
-  state = tx.init(PARAMS)
-  take = msam_optax.value_and_grad(loss, rho=0.2)
-  for i in range(3):
-    _, grads = take(PARAMS, batch(i))
-    updates, state = tx.update(grads, state, PARAMS)
+  take = drop_in(method, loss)
+
+  @jax.jit
+  def run(state):
+    for i in range(3):
+      _, grads = take(PARAMS, batch(i))
+      updates, state = tx.update(grads, state, PARAMS)
+    return updates
+
+  updates = run(tx.init(PARAMS))
   chex.assert_trees_all_close(
-    updates, jax.tree.map(jnp.negative, accumulated()), rtol=1e-4, atol=1e-6
+    updates, jax.tree.map(jnp.negative, accumulated(method)), rtol=1e-4, atol=1e-6
   )
 
 
-def test_accumulation_round_the_method_needs_the_whole_batch_in_grad_fn():
+@every_method_slowly
+def test_accumulation_round_the_method_needs_the_whole_batch_in_grad_fn(method):
   """``MultiSteps(chain(msam, optimizer))`` is right if ``grad_fn`` has all batches."""
-  tx = optax.MultiSteps(method(), every_k_schedule=3)
+  tx = optax.MultiSteps(chain(method), every_k_schedule=3)
   mean_loss = lambda p: sum(loss(p, batch(i)) for i in range(3)) / 3
-  state = tx.init(PARAMS)
-  for i in range(3):
-    updates, state = tx.update(
-      jax.grad(loss)(PARAMS, batch(i)), state, PARAMS, grad_fn=jax.grad(mean_loss)
-    )
-  whole = method()
+
+  @jax.jit
+  def run(state):
+    for i in range(3):
+      updates, state = tx.update(
+        jax.grad(loss)(PARAMS, batch(i)), state, PARAMS, grad_fn=jax.grad(mean_loss)
+      )
+    return updates, state
+
+  updates, state = run(tx.init(PARAMS))
+  whole = chain(method)
   grads = jax.grad(mean_loss)(PARAMS)
-  exact, _ = whole.update(
-    grads, whole.init(PARAMS), PARAMS, grad_fn=jax.grad(mean_loss)
-  )
+  update = jax.jit(lambda *args: whole.update(*args, grad_fn=jax.grad(mean_loss)))
+  exact, _ = update(grads, whole.init(PARAMS), PARAMS)
   chex.assert_trees_all_close(updates, exact, rtol=1e-4, atol=1e-6)
   assert optax.tree.get(state, 'slope') > 0

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conformance import resumable
 from tests.conformance.resumable import TRANSFORMATIONS
-from tests.conformance.training import cases
+from tests.methods import cases
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -57,7 +57,7 @@ def assert_identical(tree, expected):
 
 @pytest.fixture(
   scope='module',
-  params=cases(TRANSFORMATIONS, default=lambda name: name in MONGE),
+  params=cases(TRANSFORMATIONS, plain=lambda name: name in MONGE),
 )
 def trained(request):
   """Params and state before the first step and after some, once per transformation."""
@@ -72,7 +72,7 @@ def test_round_trip(trained, route, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'name', cases(TRANSFORMATIONS, default=lambda name: name == 'alpha_schedule')
+  'name', cases(TRANSFORMATIONS, plain=lambda name: name == 'alpha_schedule')
 )
 def test_killed_run_resumes_bit_for_bit(name, tmp_path):
   killed = run(name, tmp_path, 'kill')

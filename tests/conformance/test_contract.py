@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from tests.conformance.methods import make_method
-from tests.conformance.methods import METHODS
 from tests.conformance.optimizers import OPTIMIZERS
 from tests.conformance.targets import TARGETS
-from tests.conformance.training import cases
-from tests.conformance.training import DEFAULT_METHODS
 from tests.conformance.training import make_step
-from tests.conformance.training import OTHER_METHODS
 from tests.conformance.training import SOME_OPTIMIZERS
+from tests.methods import cases
+from tests.methods import DEFAULT
+from tests.methods import is_default
+from tests.methods import METHODS
+from tests.methods import OTHERS
+from tests.methods import transformation
 
 pytestmark = [
   pytest.mark.standard_promotion,
@@ -34,15 +35,14 @@ COMPILE_FAST = {'xla_backend_optimization_level': 0}
 
 every_pair = pytest.mark.parametrize(
   ('method', 'optimizer'),
-  cases(DEFAULT_METHODS, OPTIMIZERS, default=lambda *_: True)
-  + cases(OTHER_METHODS, SOME_OPTIMIZERS, default=lambda *_: False),
+  cases(DEFAULT, OPTIMIZERS) + cases(OTHERS, SOME_OPTIMIZERS, plain=is_default),
 )
 
 
 def make_transformations(method, optimizer):
   """The method and the optimizer, by their names."""
   schedule = optax.linear_schedule(0.05, 0.0, 100)
-  return make_method(method, schedule), OPTIMIZERS[optimizer].make()
+  return transformation(method, schedule), OPTIMIZERS[optimizer].make()
 
 
 def make_chain(method, optimizer, target):
@@ -57,7 +57,7 @@ def make_chain(method, optimizer, target):
     METHODS,
     OPTIMIZERS,
     ('float32', 'bfloat16'),
-    default=lambda method, *_: method in DEFAULT_METHODS,
+    plain=is_default,
   ),
 )
 def test_keeps_structure_shapes_and_dtypes(method, optimizer, dtype):

@@ -10,14 +10,15 @@ import jax
 import optax
 import pytest
 
-from tests.conformance.methods import make_method
 from tests.conformance.optimizers import OPTIMIZERS
 from tests.conformance.targets import TARGETS
-from tests.conformance.training import cases
-from tests.conformance.training import DEFAULT_METHODS
 from tests.conformance.training import make_step
-from tests.conformance.training import OTHER_METHODS
 from tests.conformance.training import SOME_OPTIMIZERS
+from tests.methods import cases
+from tests.methods import DEFAULT
+from tests.methods import is_default
+from tests.methods import OTHERS
+from tests.methods import transformation
 
 pytestmark = [
   pytest.mark.standard_promotion,
@@ -32,24 +33,19 @@ DEFAULT_TARGETS = ('rosenbrock', 'mixed')
 @pytest.mark.parametrize(
   ('method', 'optimizer', 'target'),
   cases(
-    DEFAULT_METHODS,
+    DEFAULT,
     OPTIMIZERS,
     TARGETS,
-    default=lambda method, optimizer, target: target in DEFAULT_TARGETS,
+    plain=lambda method, optimizer, target: target in DEFAULT_TARGETS,
   )
-  + cases(
-    OTHER_METHODS,
-    SOME_OPTIMIZERS,
-    ('mixed',),
-    default=lambda *_: False,
-  ),
+  + cases(OTHERS, SOME_OPTIMIZERS, ('mixed',), plain=is_default),
 )
 def test_converges(method, optimizer, target):
   if optimizer == 'galore' and jax.default_backend() != 'cpu':
     pytest.skip('on a GPU its singular vectors become NaN, without a method as well')
   optimizer, target = OPTIMIZERS[optimizer], TARGETS[target]
   rho = optax.linear_schedule(0.05, 0.0, 5_000)
-  tx = optax.chain(make_method(method, rho), optimizer.make())
+  tx = optax.chain(transformation(method, rho), optimizer.make())
   step = make_step(tx, optimizer, target)
 
   @jax.jit

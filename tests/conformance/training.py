@@ -1,45 +1,18 @@
-"""What the tests train, how they train it, and the cases that they do it for."""
+"""How the tests train, and before which optimizers which methods stand."""
 
 from collections.abc import Callable
-from collections.abc import Iterable
-import itertools
 from typing import Any
 
 import jax
 import optax
-import pytest
 
-from tests.conformance.methods import METHODS
 from tests.conformance.optimizers import Optimizer
 from tests.conformance.optimizers import OPTIMIZERS
 from tests.conformance.targets import Target
 
-# The methods that a plain run takes; the others are slow.
-DEFAULT_METHODS = ('msam',)
-
-# They differ in their metrics alone, and not in what an optimizer sees: Monge SAM goes
-# before all optimizers, and the others before every third.
-OTHER_METHODS = [name for name in METHODS if name not in DEFAULT_METHODS]
+# Methods differ in metric and combination, and not in what an optimizer sees: the
+# default one goes before all optimizers, and the others before every third.
 SOME_OPTIMIZERS = list(OPTIMIZERS)[::3]
-
-
-def cases(*axes: Iterable[str], default: Callable[..., bool]) -> list[Any]:
-  """The product of the axes as parameters of a test.
-
-  Args:
-    *axes: the names along each axis; joined they are the test's id.
-    default: called with one name of each axis: whether a plain run takes this case.
-      The others are slow.
-
-  Returns:
-    A list for ``pytest.mark.parametrize``.
-  """
-  return [
-    pytest.param(
-      *case, id='-'.join(case), marks=() if default(*case) else pytest.mark.slow
-    )
-    for case in itertools.product(*axes)
-  ]
 
 
 def make_step(

@@ -17,7 +17,18 @@ import pytest
 from msam_optax import adaptive
 from msam_optax import asam
 from msam_optax import value_and_grad
-from tests.loops import hand
+from tests.by_hand import adam
+from tests.by_hand import sgd
+from tests.by_hand import train
+from tests.methods import cases
+from tests.methods import DEFAULT
+from tests.methods import drop_in
+from tests.methods import every_method_slowly
+from tests.methods import is_default
+from tests.methods import METHODS
+from tests.methods import transformation
+from tests.problems import init
+from tests.problems import normal
 
 # Equinox' layers and Optax' optimizers promote dtypes.
 pytestmark = pytest.mark.standard_promotion
@@ -25,16 +36,15 @@ pytestmark = pytest.mark.standard_promotion
 STEPS = 3
 # Adam divides by gradients; where these are tiny, it shows how they were rounded.
 EPS = 1e-3
-X = hand.normal(1, STEPS, 8, 3) + 0.5
-Y = hand.normal(2, STEPS, 8, 2)
-METHODS = pytest.mark.parametrize('method', ['msam', 'sam'])
+X = normal(1, STEPS, 8, 3) + 0.5
+Y = normal(2, STEPS, 8, 2)
 
 
 def build(function, *args):
   """What a function builds, with numbers that need no program to be drawn."""
   model = eqx.filter_eval_shape(function, *args)
   arrays, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
-  return eqx.combine(hand.init(lambda: arrays), static)
+  return eqx.combine(init(lambda: arrays), static)
 
 
 def filtered(model):
@@ -68,7 +78,7 @@ def drop_in_step(method, loss_fn, tx, **options):
   def make_step(model, opt_state, *args):
     params, static = eqx.partition(model, eqx.is_inexact_array)
     take = lambda params: loss_fn(eqx.combine(params, static), *args)
-    loss, grads = hand.drop_in(method, take, **options)(params)
+    loss, grads = drop_in(method, take, **options)(params)
     updates, opt_state = tx.update(grads, opt_state, params)
     return eqx.apply_updates(model, updates), opt_state, loss
 
@@ -88,7 +98,7 @@ def by_hand(method, grad, model, batches, optimizer, **options):
   """Plain training of the arrays of a model, put back into it at the end."""
   params, static = eqx.partition(model, eqx.is_inexact_array)
   take = lambda params, _, batch: (grad(eqx.combine(params, static), *batch), None)
-  params, _ = hand.train(method, take, params, None, batches, optimizer, **options)
+  params, _ = train(method, take, params, None, batches, optimizer, **options)
   return params
 
 
@@ -108,27 +118,22 @@ MLP = build(make_mlp, KEY)
 MLP_LOSS = eqx.filter_jit(mlp_loss)
 MLP_GRAD = eqx.filter_jit(eqx.filter_grad(mlp_loss))
 BATCHES = list(zip(X, Y, strict=True))
-LINEAR_WEIGHTS = lambda path: path.endswith('.weight')
 
 
-@pytest.mark.parametrize('method', ['msam', 'sam', 'asam'])
+@every_method_slowly
 def test_mlp_chain(method):
-  tx = optax.chain(hand.transformation(method), optax.adam(0.01, eps=EPS))
+  tx = optax.chain(transformation(method), optax.adam(0.01, eps=EPS))
   model, losses = run(chain_step(mlp_loss, tx), tx, MLP, BATCHES)
-  expected = by_hand(
-    method, MLP_GRAD, MLP, BATCHES, hand.adam(0.01, eps=EPS), weights=LINEAR_WEIGHTS
-  )
+  expected = by_hand(method, MLP_GRAD, MLP, BATCHES, adam(0.01, eps=EPS))
   close(filtered(model), expected)
   close(losses[0], MLP_LOSS(MLP, *BATCHES[0]))
 
 
-@pytest.mark.parametrize('method', ['msam', 'sam', 'asam'])
+@every_method_slowly
 def test_mlp_drop_in(method):
   tx = optax.adam(0.01, eps=EPS)
   model, losses = run(drop_in_step(method, mlp_loss, tx), tx, MLP, BATCHES)
-  expected = by_hand(
-    method, MLP_GRAD, MLP, BATCHES, hand.adam(0.01, eps=EPS), weights=LINEAR_WEIGHTS
-  )
+  expected = by_hand(method, MLP_GRAD, MLP, BATCHES, adam(0.01, eps=EPS))
   close(filtered(model), expected)
   close(losses[0], MLP_LOSS(MLP, *BATCHES[0]))
 
@@ -136,8 +141,8 @@ def test_mlp_drop_in(method):
 def test_model_of_arrays_alone_needs_no_filter():
   linear = build(lambda key: eqx.nn.Linear(3, 2, key=key), KEY)
   take = lambda params, _, batch: (jax.jit(jax.grad(mlp_loss))(params, *batch), None)
-  expected, _ = hand.train('msam', take, linear, None, BATCHES[:1], hand.sgd(0.1))
-  _, grads = jax.jit(hand.drop_in('msam', mlp_loss))(linear, *BATCHES[0])
+  expected, _ = train('msam', take, linear, None, BATCHES[:1], sgd(0.1))
+  _, grads = jax.jit(drop_in('msam', mlp_loss))(linear, *BATCHES[0])
   close(
     jax.tree.map(lambda w, g: np.float32(w - 0.1 * np.asarray(g)), linear, grads),
     expected,
@@ -180,7 +185,7 @@ BATCH_NORM_GRAD = eqx.filter_jit(eqx.filter_grad(batch_norm_loss, has_aux=True))
 
 
 def batch_norm_chain(method):
-  tx = optax.chain(hand.transformation(method), optax.sgd(0.1, momentum=0.9))
+  tx = optax.chain(transformation(method), optax.sgd(0.1, momentum=0.9))
 
   @eqx.filter_jit
   def make_step(model, state, opt_state, x, y):
@@ -201,34 +206,30 @@ def batch_norm_drop_in(method):
   def make_step(model, state, opt_state, x, y):
     params, static = eqx.partition(model, eqx.is_inexact_array)
     loss_fn = lambda params: batch_norm_loss(eqx.combine(params, static), state, x, y)
-    (_, state_), grads = hand.drop_in(method, loss_fn, has_aux=True)(params)
+    (_, state_), grads = drop_in(method, loss_fn, has_aux=True)(params)
     updates, opt_state = tx.update(grads, opt_state, params)
     return eqx.apply_updates(model, updates), state_, opt_state
 
   return tx, make_step
 
 
+BATCH_NORM = {'chain': batch_norm_chain, 'drop-in': batch_norm_drop_in}
+
+
 @pytest.mark.parametrize(
-  ('mode', 'method', 'door'),
-  [
-    ('batch', 'msam', batch_norm_chain),
-    ('batch', 'msam', batch_norm_drop_in),
-    ('batch', 'sam', batch_norm_chain),
-    ('batch', 'sam', batch_norm_drop_in),
-    # Here the statistics are in the output of the layer, so of both passes.
-    ('ema', 'msam', batch_norm_chain),
-  ],
+  ('method', 'door', 'mode'),
+  cases(METHODS, BATCH_NORM, ['batch'], plain=is_default)
+  # Here the statistics are in the output of the layer, so of both passes.
+  + cases(['msam'], ['chain'], ['ema']),
 )
-def test_batch_norm_moves_once_by_the_clean_pass(mode, method, door):
+def test_batch_norm_moves_once_by_the_clean_pass(method, door, mode):
   model, state = make_batch_norm_net(mode)
   params, static = eqx.partition(model, eqx.is_inexact_array)
   take = lambda params, state, batch: BATCH_NORM_GRAD(
     eqx.combine(params, static), state, *batch
   )
-  expected, statistics = hand.train(
-    method, take, params, state, BATCHES, hand.sgd(0.1, 0.9)
-  )
-  tx, make_step = door(method)
+  expected, statistics = train(method, take, params, state, BATCHES, sgd(0.1, 0.9))
+  tx, make_step = BATCH_NORM[door](method)
   opt_state = tx.init(params)
   for x, y in BATCHES:
     model, state, opt_state = make_step(model, state, opt_state, x, y)
@@ -258,16 +259,16 @@ FROZEN_GRAD = eqx.filter_jit(eqx.filter_grad(frozen_loss))
 @functools.cache
 def frozen_by_hand(method, optimizer=None):
   """The norm is that of the gradient of the last layer, and only that one moves."""
-  optimizer = optimizer or hand.adam(0.01, eps=EPS)
+  optimizer = optimizer or adam(0.01, eps=EPS)
   params, static = eqx.partition(MLP, last_layer_of(MLP, chosen=True))
   take = lambda params, _, batch: (FROZEN_GRAD(params, static, *batch), None)
-  params, _ = hand.train(method, take, params, None, BATCHES, optimizer)
+  params, _ = train(method, take, params, None, BATCHES, optimizer)
   return filtered(eqx.combine(params, static))
 
 
-@METHODS
+@pytest.mark.parametrize('method', DEFAULT)
 def test_frozen_by_partition_chain(method):
-  tx = optax.chain(hand.transformation(method), optax.adam(0.01, eps=EPS))
+  tx = optax.chain(transformation(method), optax.adam(0.01, eps=EPS))
   filter_spec = last_layer_of(MLP, chosen=True)
 
   @eqx.filter_jit
@@ -283,7 +284,7 @@ def test_frozen_by_partition_chain(method):
   close(filtered(model), frozen_by_hand(method))
 
 
-@METHODS
+@pytest.mark.parametrize('method', DEFAULT)
 def test_frozen_by_partition_drop_in(method):
   tx = optax.adam(0.01, eps=EPS)
   filter_spec = last_layer_of(MLP, chosen=True)
@@ -292,7 +293,7 @@ def test_frozen_by_partition_drop_in(method):
   def make_step(model, opt_state, x, y):
     params, static = eqx.partition(model, filter_spec)
     loss_fn = lambda params: frozen_loss(params, static, x, y)
-    _, grads = hand.drop_in(method, loss_fn)(params)
+    _, grads = drop_in(method, loss_fn)(params)
     updates, opt_state = tx.update(grads, opt_state, params)
     return eqx.apply_updates(model, updates), opt_state
 
@@ -302,13 +303,13 @@ def test_frozen_by_partition_drop_in(method):
   close(filtered(model), frozen_by_hand(method))
 
 
-@METHODS
+@every_method_slowly
 def test_frozen_by_gradients_of_none(method):
   """The optimizer knows the whole model, and the gradients only the last layer.
 
   So it is in Equinox' example, which has SGD; Optax' newer Adam takes no such gradient.
   """
-  tx = optax.chain(hand.transformation(method), optax.sgd(0.1, momentum=0.9))
+  tx = optax.chain(transformation(method), optax.sgd(0.1, momentum=0.9))
   filter_spec = last_layer_of(MLP, chosen=True)
 
   @eqx.filter_jit
@@ -326,16 +327,16 @@ def test_frozen_by_gradients_of_none(method):
     model, updates, opt_state = make_step(model, opt_state, x, y)
     assert updates.layers[0].weight is None
     assert updates.layers[-1].weight is not None
-  close(filtered(model), frozen_by_hand(method, hand.sgd(0.1, 0.9)))
+  close(filtered(model), frozen_by_hand(method, sgd(0.1, 0.9)))
 
 
-@METHODS
+@every_method_slowly
 def test_frozen_by_masks_that_are_models_chain(method):
   trained = last_layer_of(filtered(MLP), chosen=True)
   frozen = last_layer_of(filtered(MLP), chosen=False)
   assert callable(trained)
   tx = optax.chain(
-    hand.transformation(method, mask=trained),
+    transformation(method, mask=trained),
     optax.adam(0.01, eps=EPS),
     optax.masked(optax.set_to_zero(), frozen),
   )
@@ -343,7 +344,7 @@ def test_frozen_by_masks_that_are_models_chain(method):
   close(filtered(model), frozen_by_hand(method))
 
 
-@METHODS
+@every_method_slowly
 def test_frozen_by_masks_that_are_models_drop_in(method):
   trained = last_layer_of(filtered(MLP), chosen=True)
   frozen = last_layer_of(filtered(MLP), chosen=False)
@@ -381,13 +382,13 @@ def dropout_loss(model, x, y, key):
 DROPOUT_GRAD = eqx.filter_jit(eqx.filter_grad(dropout_loss))
 
 
-@METHODS
+@every_method_slowly
 def test_dropout_has_one_key_for_both_passes(method):
   net = build(DropoutNet, KEY)
   keys = jax.random.split(jax.random.key(3), STEPS)
   batches = list(zip(X, Y, keys, strict=True))
-  expected = by_hand(method, DROPOUT_GRAD, net, batches, hand.sgd(0.1))
-  tx = optax.chain(hand.transformation(method), optax.sgd(0.1))
+  expected = by_hand(method, DROPOUT_GRAD, net, batches, sgd(0.1))
+  tx = optax.chain(transformation(method), optax.sgd(0.1))
   model, _ = run(chain_step(dropout_loss, tx), tx, net, batches)
   close(filtered(model), expected)
   plain = optax.sgd(0.1)
@@ -444,11 +445,11 @@ def test_ensemble_says_which_leaves_are_weights():
     eqx.filter_jit(eqx.filter_grad(ensemble_loss)),
     models,
     BATCHES,
-    hand.sgd(0.1),
-    weights=lambda path: 'linear' in path and 'weight' in path,
+    sgd(0.1),
+    is_weight=lambda path, _: 'linear' in path and 'weight' in path,
   )
   weights = kernels(filtered(models))
-  tx = optax.chain(asam(rho=hand.RHO['asam'], weights=weights), optax.sgd(0.1))
+  tx = optax.chain(asam(rho=METHODS['asam'].rho, weights=weights), optax.sgd(0.1))
   trained, _ = run(chain_step(ensemble_loss, tx), tx, models, BATCHES)
   close(filtered(trained), expected)
 
@@ -456,7 +457,7 @@ def test_ensemble_says_which_leaves_are_weights():
 
   @eqx.filter_jit
   def make_step(models, opt_state, x, y):
-    take = value_and_grad(ensemble_loss, metric, rho=hand.RHO['asam'])
+    take = value_and_grad(ensemble_loss, metric, rho=METHODS['asam'].rho)
     loss, grads = take(models, x, y)
     updates, opt_state = tx.update(grads, opt_state, models)
     return eqx.apply_updates(models, updates), opt_state, loss
@@ -465,14 +466,14 @@ def test_ensemble_says_which_leaves_are_weights():
   close(filtered(trained), expected)
 
 
-@pytest.mark.parametrize('method', ['msam', 'asam'])
+@every_method_slowly
 def test_members_that_train_on_their_own_have_their_own_norms(method):
   """``filter_vmap`` over the step: nothing is stacked inside, ASAM's default is right.
 
   Only the linear layers are trained, because a LayerNorm calls its scale a weight.
   """
   stacked = ensemble(make_mlp)
-  tx = optax.chain(hand.transformation(method), optax.sgd(0.1))
+  tx = optax.chain(transformation(method), optax.sgd(0.1))
   opt_states = eqx.filter_vmap(lambda model: tx.init(filtered(model)))(stacked)
   make_step = chain_step(mlp_loss, tx)
   steps = eqx.filter_vmap(make_step, in_axes=(eqx.if_array(0), 0, None, None))
@@ -481,7 +482,5 @@ def test_members_that_train_on_their_own_have_their_own_norms(method):
     models, opt_states, _ = steps(models, opt_states, x, y)
   for i in range(MEMBERS):
     member = jax.tree.map(lambda x: x[i] if isinstance(x, np.ndarray) else x, stacked)
-    expected = by_hand(
-      method, MLP_GRAD, member, BATCHES, hand.sgd(0.1), weights=LINEAR_WEIGHTS
-    )
+    expected = by_hand(method, MLP_GRAD, member, BATCHES, sgd(0.1))
     close(jax.tree.map(lambda x: np.asarray(x)[i], filtered(models)), expected)

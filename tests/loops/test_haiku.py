@@ -9,22 +9,28 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from tests.loops import hand
+from tests import methods
+from tests.by_hand import adam
+from tests.by_hand import sgd
+from tests.by_hand import train
+from tests.methods import every_method_slowly
+from tests.methods import transformation
+from tests.problems import init
+from tests.problems import normal
 
 # Haiku's layers and Optax' optimizers promote dtypes and ranks.
 pytestmark = pytest.mark.standard_promotion
 
 STEPS = 3
 EPS = 1e-3
-X = hand.normal(1, STEPS, 8, 3) + 0.5
-Y = hand.normal(2, STEPS, 8, 2)
+X = normal(1, STEPS, 8, 3) + 0.5
+Y = normal(2, STEPS, 8, 2)
 KEYS = jax.random.split(jax.random.key(3), STEPS)
 BATCHES = list(zip(X, Y, KEYS, strict=True))
-METHODS = pytest.mark.parametrize('method', ['msam', 'sam', 'asam'])
 
 # Haiku calls the matrix of a linear layer w and its bias b; BatchNorm has scale and
 # offset, each a matrix of one row.
-LINEAR_WEIGHTS = lambda path: path.endswith("['w']")
+LINEAR_WEIGHTS = lambda path, _: path.endswith("['w']")
 
 
 def close(tree, expected):
@@ -47,20 +53,20 @@ GRAD = jax.jit(jax.grad(loss_fn))
 
 def by_hand(method, params):
   take = lambda params, _, batch: (GRAD(params, *batch), None)
-  return hand.train(
+  return train(
     method,
     take,
     params,
     None,
     BATCHES,
-    hand.adam(0.01, eps=EPS),
-    weights=LINEAR_WEIGHTS,
+    adam(0.01, eps=EPS),
+    is_weight=LINEAR_WEIGHTS,
   )[0]
 
 
-@METHODS
+@every_method_slowly
 def test_transform_chain(method):
-  optimizer = optax.chain(hand.transformation(method), optax.adam(0.01, eps=EPS))
+  optimizer = optax.chain(transformation(method), optax.adam(0.01, eps=EPS))
 
   @jax.jit
   def update(params, opt_state, x, y, key):
@@ -69,24 +75,24 @@ def test_transform_chain(method):
     updates, opt_state = optimizer.update(grads, opt_state, params, grad_fn=grad_fn)
     return optax.apply_updates(params, updates), opt_state
 
-  initial = params = hand.init(network.init, jax.random.key(0), X[0])
+  initial = params = init(network.init, jax.random.key(0), X[0])
   opt_state = optimizer.init(params)
   for batch in BATCHES:
     params, opt_state = update(params, opt_state, *batch)
   close(params, by_hand(method, initial))
 
 
-@METHODS
+@every_method_slowly
 def test_transform_drop_in(method):
   optimizer = optax.adam(0.01, eps=EPS)
 
   @jax.jit
   def update(params, opt_state, x, y, key):
-    loss, grads = hand.drop_in(method, loss_fn)(params, x, y, key)
+    loss, grads = methods.drop_in(method, loss_fn)(params, x, y, key)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss
 
-  initial = params = hand.init(network.init, jax.random.key(0), X[0])
+  initial = params = init(network.init, jax.random.key(0), X[0])
   opt_state = optimizer.init(params)
   losses = []
   for batch in BATCHES:
@@ -120,7 +126,7 @@ def init_batch_norm():
 
 
 def chain(method):
-  optimizer = optax.chain(hand.transformation(method), optax.sgd(0.1, momentum=0.9))
+  optimizer = optax.chain(transformation(method), optax.sgd(0.1, momentum=0.9))
 
   @jax.jit
   def update(params, state, opt_state, x, y):
@@ -139,7 +145,7 @@ def drop_in(method):
 
   @jax.jit
   def update(params, state, opt_state, x, y):
-    take = hand.drop_in(method, loss_and_state, has_aux=True)
+    take = methods.drop_in(method, loss_and_state, has_aux=True)
     (_, state), grads = take(params, state, x, y)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), state, opt_state
@@ -148,17 +154,17 @@ def drop_in(method):
 
 
 @pytest.mark.parametrize('door', [chain, drop_in])
-@METHODS
+@every_method_slowly
 def test_batch_norm_moves_once_by_the_clean_pass(method, door):
   params, state = init_batch_norm()
-  expected, statistics = hand.train(
+  expected, statistics = train(
     method,
     lambda params, state, batch: GRAD_AND_STATE(params, state, *batch),
     params,
     state,
     list(zip(X, Y, strict=True)),
-    hand.sgd(0.1, 0.9),
-    weights=LINEAR_WEIGHTS,
+    sgd(0.1, 0.9),
+    is_weight=LINEAR_WEIGHTS,
   )
   optimizer, update = door(method)
   opt_state = optimizer.init(params)

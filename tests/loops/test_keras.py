@@ -14,7 +14,13 @@ import numpy as np
 import optax
 import pytest
 
-from tests.loops import hand
+from tests.by_hand import adam
+from tests.by_hand import sgd
+from tests.by_hand import train
+from tests.methods import drop_in
+from tests.methods import every_method_slowly
+from tests.methods import transformation
+from tests.problems import normal
 
 # Keras reads its backend when it is imported; what runs afterwards, processes that
 # other tests start among it, is to find the environment as it was.
@@ -25,14 +31,10 @@ with mock.patch.dict(os.environ, KERAS_BACKEND='jax'):
 pytestmark = pytest.mark.standard_promotion
 
 STEPS, SIZE = 3, 8
-X = hand.normal(1, STEPS * SIZE, 3) + 0.5
-Y = hand.normal(2, STEPS * SIZE, 2)
+X = normal(1, STEPS * SIZE, 3) + 0.5
+Y = normal(2, STEPS * SIZE, 2)
 BATCHES = list(zip(np.split(X, STEPS), np.split(Y, STEPS), strict=True))
-METHODS = pytest.mark.parametrize('method', ['msam', 'sam', 'asam'])
 EPS = 1e-3
-
-# Order of the trainable variables: kernel; gamma and beta of BatchNorm; kernel, bias.
-KERNELS = lambda path: path in ('[0]', '[3]')
 
 
 def close(tree, expected):
@@ -68,14 +70,13 @@ def plain_gradient():
 def by_hand(method, optimizer):
   """Plain passes of the model: parameters, and the other variables."""
   model, grad = make_model(), plain_gradient()
-  return hand.train(
+  return train(
     method,
     lambda params, state, batch: grad(params, state, *batch),
     values(model.trainable_variables),
     values(model.non_trainable_variables),
     BATCHES,
     optimizer,
-    weights=KERNELS,
   )
 
 
@@ -113,7 +114,7 @@ class SharpnessAwareModel(keras.Model):
   def train_step(self, state, data):
     trainable, non_trainable, optimizer_variables, metrics_variables = state
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    grad_fn = hand.drop_in(self.method, self.compute_loss_and_updates, has_aux=True)
+    grad_fn = drop_in(self.method, self.compute_loss_and_updates, has_aux=True)
     (loss, (y_pred, non_trainable, metrics_variables)), grads = grad_fn(
       trainable,
       non_trainable,
@@ -139,14 +140,14 @@ class SharpnessAwareModel(keras.Model):
     return logs, (trainable, non_trainable, optimizer_variables, new_metrics)
 
 
-@METHODS
+@every_method_slowly
 def test_fit_with_the_drop_in(method):
   model = make_model(SharpnessAwareModel)
   model.method = method
   optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
   model.compile(optimizer=optimizer, loss='mse', metrics=['mae'])
   model.fit(X, Y, batch_size=SIZE, epochs=1, shuffle=False, verbose=0)
-  params, others = by_hand(method, hand.sgd(0.1, 0.9))
+  params, others = by_hand(method, sgd(0.1, 0.9))
   close(values(model.trainable_variables), params)
   # Statistics of BatchNorm, and the state of Dropout's seeds: one pass a step.
   close(values(model.non_trainable_variables), [np.asarray(x) for x in others])
@@ -167,10 +168,10 @@ def test_fit_logs_the_clean_loss():
 
 
 @pytest.mark.parametrize('door', ['chain', 'drop-in'])
-@METHODS
+@every_method_slowly
 def test_optax_in_a_plain_loop(method, door):
   model = make_model()
-  head = [hand.transformation(method)] if door == 'chain' else []
+  head = [transformation(method)] if door == 'chain' else []
   tx = optax.chain(*head, optax.adam(0.01, eps=EPS))
 
   def loss_fn(trainable, non_trainable, x, y):
@@ -184,7 +185,7 @@ def test_optax_in_a_plain_loop(method, door):
       grads, new = take(trainable)
       extra = {'grad_fn': lambda params: take(params)[0]}
     else:
-      sharpness_aware = hand.drop_in(method, loss_fn, has_aux=True)
+      sharpness_aware = drop_in(method, loss_fn, has_aux=True)
       (_, new), grads = sharpness_aware(trainable, non_trainable, x, y)
       extra = {}
     updates, opt_state = tx.update(grads, opt_state, trainable, **extra)
@@ -197,6 +198,6 @@ def test_optax_in_a_plain_loop(method, door):
     trainable, non_trainable, opt_state = train_step(
       trainable, non_trainable, opt_state, x, y
     )
-  params, others = by_hand(method, hand.adam(0.01, eps=EPS))
+  params, others = by_hand(method, adam(0.01, eps=EPS))
   close(trainable, params)
   close(non_trainable, others)

@@ -14,17 +14,25 @@ import optax
 import pytest
 
 from msam_optax import by_name
-from tests.loops import hand
+from tests.by_hand import adam
+from tests.by_hand import sgd
+from tests.by_hand import train
+from tests.methods import cases
+from tests.methods import drop_in
+from tests.methods import every_method_slowly
+from tests.methods import is_default
+from tests.methods import METHODS
+from tests.methods import transformation
+from tests.problems import init
+from tests.problems import normal
 
 pytestmark = pytest.mark.standard_promotion
 
 STEPS, RANK, EPS = 3, 2, 1e-3
-X = hand.normal(1, STEPS, 8, 4) + 0.5
-Y = hand.normal(2, STEPS, 8, 3)
+X = normal(1, STEPS, 8, 4) + 0.5
+Y = normal(2, STEPS, 8, 3)
 BATCHES = list(zip(X, Y, strict=True))
-METHODS = pytest.mark.parametrize('method', ['msam', 'sam', 'asam'])
 FACTORS = by_name('lora_a', 'lora_b')
-IS_FACTOR = lambda path: 'lora' in path
 
 
 class LoRADense(nn.Module):
@@ -49,7 +57,7 @@ class Net(nn.Module):
 
 
 MODEL = Net()
-PARAMS = hand.init(MODEL.init, jax.random.key(0), X[0])['params']
+PARAMS = init(MODEL.init, jax.random.key(0), X[0])['params']
 
 
 def loss_fn(params, x, y):
@@ -85,10 +93,8 @@ def by_hand(method):
   """Training of the factors alone."""
   factors, base = split(PARAMS)
   take = lambda factors, _, batch: (GRAD(factors, base, *batch), None)
-  optimizer = hand.adam(0.01, eps=EPS)
-  factors, _ = hand.train(
-    method, take, factors, None, BATCHES, optimizer, weights=IS_FACTOR
-  )
+  optimizer = adam(0.01, eps=EPS)
+  factors, _ = train(method, take, factors, None, BATCHES, optimizer)
   return join(factors, base)
 
 
@@ -119,17 +125,15 @@ def partition_optimizer():
   return optax.partition(transforms, labels)
 
 
+FROZEN_BY = {'mask': base_optimizer, 'partition': partition_optimizer}
+
+
 @pytest.mark.parametrize(
-  ('method', 'optimizer'),
-  [
-    ('msam', base_optimizer),
-    ('sam', base_optimizer),
-    ('asam', base_optimizer),
-    ('msam', partition_optimizer),
-  ],
+  ('method', 'frozen_by'), cases(METHODS, FROZEN_BY, plain=is_default)
 )
-def test_mask_chain(method, optimizer):
-  tx = optax.chain(hand.transformation(method, mask=FACTORS), optimizer())
+def test_mask_chain(method, frozen_by):
+  optimizer = FROZEN_BY[frozen_by]
+  tx = optax.chain(transformation(method, mask=FACTORS), optimizer())
 
   def step(params, opt_state, x, y):
     grad_fn = lambda params: jax.grad(loss_fn)(params, x, y)
@@ -139,12 +143,12 @@ def test_mask_chain(method, optimizer):
   check(run(step, PARAMS, tx.init(PARAMS)), method)
 
 
-@METHODS
+@every_method_slowly
 def test_mask_drop_in(method):
   tx = base_optimizer()
 
   def step(params, opt_state, x, y):
-    _, grads = hand.drop_in(method, loss_fn, mask=FACTORS)(params, x, y)
+    _, grads = drop_in(method, loss_fn, mask=FACTORS)(params, x, y)
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
@@ -152,11 +156,11 @@ def test_mask_drop_in(method):
 
 
 @pytest.mark.parametrize('door', ['chain', 'drop-in'])
-@METHODS
+@every_method_slowly
 def test_gradient_of_the_factors_alone(method, door):
   """The optimizer never sees the base: what most code for adapters does."""
   factors, base = split(PARAMS)
-  head = [hand.transformation(method)] if door == 'chain' else []
+  head = [transformation(method)] if door == 'chain' else []
   tx = optax.chain(*head, optax.adam(0.01, eps=EPS))
 
   def step(factors, opt_state, x, y):
@@ -164,7 +168,7 @@ def test_gradient_of_the_factors_alone(method, door):
       grad_fn = lambda factors: jax.grad(joined_loss)(factors, base, x, y)
       grads, extra = grad_fn(factors), {'grad_fn': grad_fn}
     else:
-      _, grads = hand.drop_in(method, joined_loss)(factors, base, x, y)
+      _, grads = drop_in(method, joined_loss)(factors, base, x, y)
       extra = {}
     updates, opt_state = tx.update(grads, opt_state, factors, **extra)
     return optax.apply_updates(factors, updates), opt_state
@@ -172,17 +176,17 @@ def test_gradient_of_the_factors_alone(method, door):
   check(join(run(step, factors, tx.init(factors)), base), method)
 
 
-@METHODS
+@every_method_slowly
 def test_base_in_another_argument(method):
   """Plain JAX: two dicts, of which the first is trained."""
-  factors = {'a': hand.normal(4, 4, RANK), 'b': hand.normal(5, RANK, 3)}
-  base = {'w': hand.normal(3, 4, 3)}
+  factors = {'a': normal(4, 4, RANK), 'b': normal(5, RANK, 3)}
+  base = {'w': normal(3, 4, 3)}
 
   def loss(factors, base, x, y):
     w = base['w'] + factors['a'] @ factors['b']
     return jnp.mean((jnp.tanh(x @ w) - y) ** 2)
 
-  tx = optax.chain(hand.transformation(method), optax.sgd(0.1))
+  tx = optax.chain(transformation(method), optax.sgd(0.1))
 
   def step(factors, opt_state, x, y):
     grad_fn = lambda factors: jax.grad(loss)(factors, base, x, y)
@@ -192,15 +196,15 @@ def test_base_in_another_argument(method):
     return optax.apply_updates(factors, updates), opt_state
 
   take = lambda factors, _, batch: (jax.grad(loss)(factors, base, *batch), None)
-  expected, _ = hand.train(
+  expected, _ = train(
     method,
     take,
     factors,
     None,
     BATCHES,
-    hand.sgd(0.1),
+    sgd(0.1),
     # `b` is what biases are called, in Haiku for instance.
-    weights=lambda path: path == "['a']",
+    is_weight=lambda path, _: path == "['a']",
   )
   chained = run(step, factors, tx.init(factors))
   chex.assert_trees_all_close(chained, expected, rtol=1e-5, atol=2e-6)

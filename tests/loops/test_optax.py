@@ -12,21 +12,23 @@ import optax
 import pytest
 
 from msam_optax import msam
-from tests.loops import hand
+from tests import by_hand
+from tests.methods import drop_in
+from tests.methods import every_method_slowly
+from tests.methods import monge_sam
+from tests.methods import transformation
 from tests.problems import loss
+from tests.problems import normal
 
 pytestmark = pytest.mark.standard_promotion
 
 STEPS, EPS = 4, 1e-3
-BATCHES = list(
-  zip(hand.normal(1, STEPS, 8, 3), hand.normal(2, STEPS, 8, 2), strict=True)
-)
+BATCHES = list(zip(normal(1, STEPS, 8, 3), normal(2, STEPS, 8, 2), strict=True))
 PARAMS = {
-  'hidden': {'kernel': hand.normal(3, 3, 5), 'bias': 0.1 * hand.normal(4, 5)},
-  'out': {'kernel': hand.normal(5, 5, 2), 'bias': 0.1 * hand.normal(6, 2)},
+  'hidden': {'kernel': normal(3, 3, 5), 'bias': 0.1 * normal(4, 5)},
+  'out': {'kernel': normal(5, 5, 2), 'bias': 0.1 * normal(6, 2)},
 }
 GRAD = jax.jit(jax.grad(loss))
-METHODS = pytest.mark.parametrize('method', ['msam', 'sam', 'asam'])
 DOORS = pytest.mark.parametrize('door', ['chain', 'drop-in'])
 
 
@@ -44,7 +46,7 @@ def take_step(method, door, optimizer, loss_fn=loss):
       value, grads = jax.value_and_grad(loss_fn)(params, batch)
       extra['grad_fn'] = lambda params: jax.grad(loss_fn)(params, batch)
     else:
-      value, grads = hand.drop_in(method, loss_fn)(params, batch)
+      value, grads = drop_in(method, loss_fn)(params, batch)
     updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
     return optax.apply_updates(params, updates), opt_state, value
 
@@ -52,28 +54,32 @@ def take_step(method, door, optimizer, loss_fn=loss):
 
 
 def head(method, door):
-  return [hand.transformation(method)] if door == 'chain' else []
+  return [transformation(method)] if door == 'chain' else []
 
 
-def by_hand(method, optimizer):
+def update_by_hand(method, params, batch, rho=None):
+  radii = None if rho is None else [rho]
+  return by_hand.update(method, params, [lambda w: GRAD(w, batch)], radii=radii)
+
+
+def trajectory_by_hand(method, optimizer):
   """Parameters after each step."""
   trajectory = [PARAMS]
   for batch in BATCHES:
-    params, _ = hand.train(
+    params, _ = by_hand.train(
       method,
       lambda params, _, batch: (GRAD(params, batch), None),
       trajectory[-1],
       None,
       [batch],
       optimizer,
-      weights=lambda path: 'kernel' in path,
     )
     trajectory.append(params)
   return trajectory[1:]
 
 
 @DOORS
-@METHODS
+@every_method_slowly
 def test_fit_and_average_parameters(method, door):
   """``fit`` of Optax's first notebook, with a moving average by either function."""
   optimizer = optax.chain(*head(method, door), optax.adam(0.01, eps=EPS))
@@ -91,7 +97,7 @@ def test_fit_and_average_parameters(method, door):
     params, opt_state, _ = step(params, opt_state, batch)
     ema, debiased, debiased_state = update_averages(params, ema, debiased_state)
 
-  trajectory = by_hand(method, hand.adam(0.01, eps=EPS))
+  trajectory = trajectory_by_hand(method, by_hand.adam(0.01, eps=EPS))
   close(params, trajectory[-1])
   # Both averages as one weighted sum over the steps.
   decays = 0.1 * 0.9 ** np.arange(STEPS)[::-1]
@@ -102,13 +108,11 @@ def test_fit_and_average_parameters(method, door):
   close(debiased, jax.tree.map(lambda x: np.float32(x / (1 - 0.9**STEPS)), total))
 
 
-@pytest.mark.parametrize('method', ['msam', 'sam'])
+@every_method_slowly
 def test_every_second_step(method):
   """Off its turn the method is no more there than if it had not been chained."""
   optimizer = optax.chain(
-    optax.conditionally_transform(
-      hand.transformation(method), lambda step: step % 2 == 0
-    ),
+    optax.conditionally_transform(transformation(method), lambda step: step % 2 == 0),
     optax.adam(0.01, eps=EPS),
   )
   step = take_step(method, 'chain', optimizer)
@@ -116,12 +120,11 @@ def test_every_second_step(method):
   for batch in BATCHES:
     params, opt_state, _ = step(params, opt_state, batch)
 
-  by_adam, expected = hand.adam(0.01, eps=EPS), PARAMS
+  by_adam, expected = by_hand.adam(0.01, eps=EPS), PARAMS
   for i, batch in enumerate(BATCHES):
-    grads = GRAD(expected, batch)
-    if i % 2 == 0:
-      grads = GRAD(hand.probe(method, expected, grads), batch)
-    expected = by_adam(expected, grads)
+    sharpness_aware = lambda params, batch: update_by_hand(method, params, batch)
+    take = sharpness_aware if i % 2 == 0 else GRAD
+    expected = by_adam(expected, take(expected, batch))
   close(params, expected)
   assert optax.tree.get(opt_state, 'count', filtering=is_of_the_method) == STEPS // 2
 
@@ -155,7 +158,7 @@ def test_off_its_turn_no_second_gradient_is_taken():
 
 
 @DOORS
-@pytest.mark.parametrize('method', ['msam', 'sam'])
+@every_method_slowly
 def test_steps_that_are_not_finite_are_rejected(method, door):
   """The second batch has a probe beyond an edge up to which the loss is defined."""
 
@@ -179,11 +182,10 @@ def test_steps_that_are_not_finite_are_rejected(method, door):
   assert rejected == [False, True, False, False]
   assert optax.tree.get(opt_state, 'total_notfinite') == 1
 
-  by_sgd, expected = hand.sgd(0.01, 0.9), w
+  by_sgd, expected = by_hand.sgd(0.01, 0.9), w
   for x in (xs[0], xs[2], xs[3]):
-    grads = jax.grad(bounded)(expected, x)
-    probe = hand.probe(method, expected, grads)
-    expected = by_sgd(expected, jax.grad(bounded)(probe, x))
+    grad = lambda w, x=x: jax.grad(bounded)(w, x)
+    expected = by_sgd(expected, by_hand.update(method, expected, [grad]))
   close(params, expected)
 
 
@@ -203,28 +205,26 @@ def test_hyperparameters_in_the_state():
     opt_state.hyperparams['rho'] = jnp.asarray(rhos[i])
     opt_state.hyperparams['alpha'] = jnp.asarray(alphas[i])
     params, opt_state, _ = step(params, opt_state, batch)
-    grads = GRAD(expected, batch)
-    probe = hand.probe('msam', expected, grads, rho=rhos[i], alpha=alphas[i])
-    expected = hand.sgd(0.1 * (1 - i / 8))(expected, GRAD(probe, batch))
+    update = update_by_hand(monge_sam(alphas[i]), expected, batch, rhos[i])
+    expected = by_hand.sgd(0.1 * (1 - i / 8))(expected, update)
     close(params, expected)
     close(opt_state.hyperparams['learning_rate'], np.float32(0.1 * (1 - i / 8)))
   assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize('method', ['msam', 'sam'])
+@every_method_slowly
 def test_hyperparameters_of_the_optimizer_behind(method):
   """The notebooks' way to log a learning rate, here behind the method."""
   optimizer = optax.chain(
-    hand.transformation(method),
+    transformation(method),
     optax.inject_hyperparams(optax.sgd)(optax.exponential_decay(0.1, 1, 0.5)),
   )
   step = take_step(method, 'chain', optimizer)
   params, opt_state, expected = PARAMS, optimizer.init(PARAMS), PARAMS
   for i, batch in enumerate(BATCHES):
     params, opt_state, _ = step(params, opt_state, batch)
-    grads = GRAD(expected, batch)
-    probe = hand.probe(method, expected, grads)
-    expected = hand.sgd(0.1 * 0.5**i)(expected, GRAD(probe, batch))
+    update = update_by_hand(method, expected, batch)
+    expected = by_hand.sgd(0.1 * 0.5**i)(expected, update)
     close(opt_state[1].hyperparams['learning_rate'], np.float32(0.1 * 0.5**i))
   close(params, expected)
 
@@ -238,8 +238,7 @@ def test_schedule_of_rho_under_inject_hyperparams():
   params, opt_state, expected = PARAMS, optimizer.init(PARAMS), PARAMS
   for i, batch in enumerate(BATCHES):
     params, opt_state, _ = step(params, opt_state, batch)
-    grads = GRAD(expected, batch)
-    probe = hand.probe('msam', expected, grads, rho=0.1 * i)
-    expected = hand.sgd(0.1)(expected, GRAD(probe, batch))
+    update = update_by_hand('msam', expected, batch, 0.1 * i)
+    expected = by_hand.sgd(0.1)(expected, update)
   close(params, expected)
   close(opt_state[0].hyperparams['rho'], np.float32(0.3))

@@ -18,14 +18,19 @@ import optax
 import pytest
 
 from msam_optax.flax_linen import TrainState
-from tests.loops import hand
+from tests import methods
+from tests.by_hand import adam
+from tests.by_hand import train
+from tests.methods import every_method_slowly
+from tests.methods import transformation
+from tests.problems import init
+from tests.problems import normal
 
 pytestmark = pytest.mark.standard_promotion
 
 SEEDS, EPOCHS, MINIBATCHES = 2, 2, 3
 ROLLOUT = 24
 LEARNING_RATE, EPS, MAX_GRAD_NORM, CLIP_EPS = 0.01, 1e-3, 0.5, 0.2
-METHODS = pytest.mark.parametrize('method', ['msam', 'sam'])
 
 
 class ActorCritic(nn.Module):
@@ -74,7 +79,7 @@ def loss_fn(params, transitions, gae, targets):
   return total, (value_loss, loss_actor, entropy)
 
 
-def train(params, minibatches, create, take_step):
+def run_seed(params, minibatches, create, take_step):
   """The update of one seed: epochs over the minibatches of its rollout."""
 
   def update_epoch(state, minibatches):
@@ -86,7 +91,7 @@ def train(params, minibatches, create, take_step):
 
 def linen_state(method):
   tx = optax.chain(
-    hand.transformation(method),
+    transformation(method),
     optax.clip_by_global_norm(MAX_GRAD_NORM),
     optax.adam(LEARNING_RATE, eps=EPS),
   )
@@ -110,7 +115,7 @@ class Carry(NamedTuple):
 
 def plain_optax(method):
   tx = optax.chain(
-    hand.transformation(method),
+    transformation(method),
     optax.clip_by_global_norm(MAX_GRAD_NORM),
     optax.adam(LEARNING_RATE, eps=EPS),
   )
@@ -133,7 +138,7 @@ def drop_in(method):
   )
 
   def take_step(state, minibatch):
-    take = hand.drop_in(method, loss_fn, has_aux=True)
+    take = methods.drop_in(method, loss_fn, has_aux=True)
     (loss, _), grads = take(state.params, *minibatch)
     return state.apply_gradients(grads=grads), loss
 
@@ -155,19 +160,19 @@ def prepared():
   """
   rng = np.random.default_rng(0)
   inits = [
-    hand.init(NETWORK.init, jax.random.key(0), jnp.zeros(4), seed=seed)
+    init(NETWORK.init, jax.random.key(0), jnp.zeros(4), seed=seed)
     for seed in range(SEEDS)
   ]
   params = jax.tree.map(lambda *leaves: np.stack(leaves), *inits)
-  obs = hand.normal(1, SEEDS, ROLLOUT, 4)
+  obs = normal(1, SEEDS, ROLLOUT, 4)
   logits, value = jax.tree.map(
     np.asarray, jax.jit(jax.vmap(NETWORK.apply))(params, obs)
   )
-  older = logits + 0.3 * hand.normal(2, *logits.shape)
+  older = logits + 0.3 * normal(2, *logits.shape)
   action = rng.integers(3, size=(SEEDS, ROLLOUT))
   chosen = np.take_along_axis(older, action[..., None], -1)[..., 0]
   log_prob = chosen - np.log(np.sum(np.exp(older), -1))
-  advantages = hand.normal(3, SEEDS, ROLLOUT)
+  advantages = normal(3, SEEDS, ROLLOUT)
   rollout = Transition(action, value, log_prob, obs), advantages, advantages + value
   shuffled = np.stack([rng.permutation(ROLLOUT) for _ in range(EPOCHS)])
   shuffled = shuffled.reshape(EPOCHS, MINIBATCHES, -1)
@@ -190,18 +195,18 @@ def by_hand(method, seed):
     clipped.append(np.sqrt(sum(squares)) > MAX_GRAD_NORM)
     return grads, None
 
-  optimizer = hand.adam(LEARNING_RATE, eps=EPS, clip=MAX_GRAD_NORM)
-  params, _ = hand.train(method, take, params, None, batches, optimizer)
+  optimizer = adam(LEARNING_RATE, eps=EPS, clip=MAX_GRAD_NORM)
+  params, _ = train(method, take, params, None, batches, optimizer)
   # Gradients at probes: some are clipped, so the order matters.
   assert any(clipped[1::2])
   return params
 
 
 @pytest.mark.parametrize('door', [linen_state, plain_optax, drop_in])
-@METHODS
+@every_method_slowly
 def test_is_training_by_hand_of_each_seed(method, door):
   create, take_step = door(method)
-  run = jax.jit(jax.vmap(lambda *seed: train(*seed, create, take_step)))
+  run = jax.jit(jax.vmap(lambda *seed: run_seed(*seed, create, take_step)))
   params, losses = run(*prepared())
   assert losses.shape == (SEEDS, EPOCHS, MINIBATCHES)
   for seed in range(SEEDS):

@@ -1,16 +1,24 @@
 """What the processes train, and the same training by hand on one device."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+
+from tests import by_hand
+from tests.methods import METHODS
 
 SHARDS = 4
 STEPS = 4
-RHO, ALPHA, ETA = 0.3, 0.8, 0.01
 LEARNING_RATE, MOMENTUM = 0.1, 0.9
+
+
+def rho_at(method: str) -> optax.Schedule:
+  """The radius of a method, which is halved during the training."""
+  rho = METHODS[method].rho
+  return lambda step: rho * (1 - step / (2 * STEPS))
 
 
 def init() -> Any:
@@ -41,71 +49,32 @@ def loss(params: Any, data: tuple[Any, Any]) -> jax.Array:
   return jnp.mean((out - y) ** 2)
 
 
-def _norm(tree):
-  return np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(tree)))
-
-
-def _sam(w, g, rho):
-  del w
-  return jax.tree.map(lambda x: rho * x / _norm(g), g), _norm(g)
-
-
-def _msam(w, g, rho):
-  shrink = np.sqrt(1 + ALPHA**2 * _norm(g) ** 2)
-  return _sam(w, g, rho / shrink)[0], _norm(g) / shrink
-
-
-def _asam(w, g, rho):
-  t = {
-    layer: {'kernel': np.abs(leaves['kernel']) + ETA, 'bias': 1.0}
-    for layer, leaves in w.items()
-  }
-  tg = jax.tree.map(lambda t, x: t * x, t, g)
-  return jax.tree.map(lambda t, x: rho * t * x / _norm(tg), t, tg), _norm(tg)
-
-
-# ``(w, g, ρ) -> (δ, slope)`` as the papers have it.
-PERTURBATIONS: dict[str, Callable[[Any, Any, float], tuple[Any, Any]]] = {
-  'sam': _sam,
-  'msam': _msam,
-  'asam': _asam,
-}
-
-
 def train_by_hand(method: str, shards: int, *, sync_ascent: bool) -> tuple[Any, float]:
-  """A loop over the shards of each batch, in NumPy but for the gradients.
+  """A loop over the shards of each batch, in NumPy but for the gradients of the loss.
 
   Args:
-    method: a key of ``PERTURBATIONS``.
-    shards: into how many parts a batch is cut; each goes uphill on its own
+    method: a key of ``METHODS``.
+    shards: into how many parts a batch is cut; each goes uphill on its own,
     sync_ascent: or, if true, along the mean of their gradients.
 
   Returns:
     The params after all steps of SGD with momentum, and the slope in the last step,
     the mean over the shards.
   """
-  perturb, gradient = PERTURBATIONS[method], jax.jit(jax.grad(loss))
-
-  def take(w, data):
-    g = gradient(jax.tree.map(np.float32, w), data)
-    return jax.tree.map(np.float64, g)
-
-  def mean(trees):
-    return jax.tree.map(lambda *xs: np.mean(xs, axis=0), *trees)
-
-  w = jax.tree.map(np.float64, init())
-  velocity = jax.tree.map(np.zeros_like, w)
+  grad = jax.jit(jax.grad(loss))
+  w, optimizer = jax.tree.map(np.float64, init()), by_hand.sgd(LEARNING_RATE, MOMENTUM)
   for step in range(STEPS):
     parts = list(zip(*(np.split(a, shards) for a in batch(step)), strict=True))
-    ascents = [take(w, part) for part in parts]
-    if sync_ascent:
-      ascents = [mean(ascents)] * shards
-    rho = RHO * (1 - step / (2 * STEPS))
-    deltas, slopes = zip(*(perturb(w, g, rho) for g in ascents), strict=True)
-    g = mean(
-      take(jax.tree.map(np.add, w, delta), part)
-      for delta, part in zip(deltas, parts, strict=True)
-    )
-    velocity = jax.tree.map(lambda v, g: MOMENTUM * v + g, velocity, g)
-    w = jax.tree.map(lambda w, v: w - LEARNING_RATE * v, w, velocity)
-  return w, float(np.mean(slopes))
+
+    def gradient(w, part):
+      return jax.tree.map(np.float64, grad(jax.tree.map(np.float32, w), part))
+
+    gradients = [lambda w, part=part: gradient(w, part) for part in parts]
+    own = [gradient(w, part) for part in parts]
+    mean = jax.tree.map(lambda *gs: np.mean(gs, axis=0), *own)
+    ascents = [mean] if sync_ascent else own
+    slope = np.mean([by_hand.slope(method, w, g) for g in ascents])
+    radii = [rho_at(method)(step)] * shards
+    update = by_hand.update(method, w, gradients, synced=sync_ascent, radii=radii)
+    w = optimizer(w, update)
+  return w, float(slope)

@@ -7,7 +7,6 @@ be killed. With ``meet`` they only join each other, and with ``fail`` the last d
 """
 
 from collections.abc import Callable
-import functools
 import itertools
 import os
 import pathlib
@@ -23,31 +22,21 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-import msam_optax
-from tests.processes.problem import ALPHA
+from tests.methods import DEFAULT
+from tests.methods import drop_in
+from tests.methods import OTHERS
+from tests.methods import transformation
 from tests.processes.problem import batch
-from tests.processes.problem import ETA
 from tests.processes.problem import init
 from tests.processes.problem import LEARNING_RATE
 from tests.processes.problem import loss
 from tests.processes.problem import MOMENTUM
-from tests.processes.problem import RHO
+from tests.processes.problem import rho_at
 from tests.processes.problem import SHARDS
 from tests.processes.problem import STEPS
 
 HALF = STEPS // 2
-RHO_AT = optax.linear_schedule(RHO, RHO / 2, STEPS)
 
-TRANSFORMATIONS = {
-  'sam': functools.partial(msam_optax.sam, RHO_AT),
-  'msam': functools.partial(msam_optax.msam, RHO_AT, ALPHA),
-  'asam': functools.partial(msam_optax.asam, RHO_AT, ETA),
-}
-METRICS = {
-  'sam': msam_optax.euclidean(),
-  'msam': msam_optax.monge(ALPHA),
-  'asam': msam_optax.adaptive(ETA),
-}
 DOORS = ('chain', 'drop_in')
 
 # How the params lie on the devices, and what a mapped step is told about its axis.
@@ -60,21 +49,27 @@ SETUPS: dict[str, tuple[bool, dict[str, Any] | None]] = {
 # What takes time here is compiling, not running.
 COMPILE_FAST = {'xla_backend_optimization_level': 0}
 
-RUNS = list(itertools.product(TRANSFORMATIONS, DOORS, SETUPS))
+# The default method in all ways, and the others where they can differ from it: whether
+# norms are those of the whole, and what is averaged.
+RUNS = [
+  *itertools.product(DEFAULT, DOORS, SETUPS),
+  *itertools.product(OTHERS, ('chain',), ('fully_sharded', 'mapped')),
+  *itertools.product(OTHERS, ('drop_in',), ('mapped_synced',)),
+]
 
 
 def make_step(method: str, door: str, mapped: dict[str, Any] | None) -> Any:
   """The optimizer, and ``(params, state, step, data) -> (params, state)``.
 
   Args:
-    method: a key of ``TRANSFORMATIONS`` and ``METRICS``.
+    method: a key of ``METHODS``.
     door: one of ``DOORS``.
     mapped: the arguments for a step under ``shard_map``, None under ``jit`` alone.
   """
   tx = optax.sgd(LEARNING_RATE, MOMENTUM)
   options = mapped or {}
   if door == 'chain':
-    tx = optax.chain(TRANSFORMATIONS[method](**options), tx)
+    tx = optax.chain(transformation(method, rho_at(method), **options), tx)
 
   def train_step(params, state, step, data):
     # Its gradient would be the sum over the axis already, were it not cast.
@@ -83,7 +78,7 @@ def make_step(method: str, door: str, mapped: dict[str, Any] | None) -> Any:
       grad_fn = lambda w: jax.grad(loss)(w, data)
       updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
     else:
-      take = msam_optax.value_and_grad(loss, METRICS[method], RHO_AT(step), **options)
+      take = drop_in(method, loss, rho_at(method)(step), **options)
       updates, state = tx.update(take(w, data)[1], state, w)
     return optax.apply_updates(params, updates), state
 

@@ -1,6 +1,7 @@
 """Micro-batches on one device: m-sharpness, one shared probe, and what is refused."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -12,9 +13,11 @@ import pytest
 from benchmarks import hlo
 import msam_optax
 from tests import by_hand
+from tests.methods import every_method
+from tests.methods import every_method_slowly
+from tests.methods import METHODS
 from tests.test_parallel import assert_close
 from tests.test_parallel import drop_in
-from tests.test_parallel import every_method
 from tests.test_parallel import expected
 from tests.test_parallel import has_explicit_sharding
 from tests.test_parallel import loss
@@ -32,19 +35,19 @@ passes = pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one 
 @both_syncs
 @both_ways
 @passes
-@every_method
+@every_method_slowly
 def test_equals_as_many_devices(method, once, vectorize, sync):
   take = drop_in(
     method, shards=4, vectorize_shards=vectorize, sync_ascent=sync, compile_once=once
   )
   value, grads = jax.jit(take)(make_params(), make_data())
-  want_value, want = expected(method, parts=4, synced=sync)
+  want_value, want = expected(method, shards=4, synced=sync)
   np.testing.assert_allclose(value, want_value, rtol=1e-6)
   assert_close(grads, want)
 
 
 @both_ways
-@every_method
+@every_method_slowly
 def test_one_shared_probe_equals_the_whole_batch(method, vectorize):
   take = drop_in(method, shards=8, vectorize_shards=vectorize, sync_ascent=True)
   assert_close(take(make_params(), make_data()), expected(method))
@@ -58,7 +61,7 @@ def test_micro_batches_on_each_of_several_devices(check_vma, once, sync):
   """Four devices with two micro-batches each are eight parts."""
   step = drop_in('msam', axis_name='i', shards=2, sync_ascent=sync, compile_once=once)
   got = mapped(step, check_vma)
-  assert_close(got, expected('msam', parts=8, synced=sync)[1])
+  assert_close(got, expected('msam', parts=4, shards=2, synced=sync)[1])
 
 
 @pytest.mark.cpu
@@ -87,7 +90,7 @@ def test_micro_batches_where_shardings_are_types(layout, shards, once, vectorize
   )
   with jax.set_mesh(on):
     _, grads = jax.jit(take)(params, data)
-  assert_close(grads, expected('msam', parts=shards, synced=sync)[1])
+  assert_close(grads, expected('msam', shards=shards, synced=sync)[1])
   for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
     assert g.sharding.is_equivalent_to(w.sharding, w.ndim)
 
@@ -99,16 +102,16 @@ def test_micro_batches_where_shardings_are_types_without_jit(once):
   params, data, gathered, on = place_explicitly('fully-sharded')
   with jax.set_mesh(on):
     _, grads = drop_in('msam', gathered, shards=2, compile_once=once)(params, data)
-  assert_close(grads, expected('msam', parts=2)[1])
+  assert_close(grads, expected('msam', shards=2)[1])
 
 
 @pytest.mark.cpu
 @has_explicit_sharding
-def test_micro_batches_that_cannot_lie_as_the_batch_does_are_refused():
+def test_micro_batches_that_cannot_be_sharded_as_the_batch_is_are_refused():
   params, data, gathered, on = place_explicitly('fully-sharded')
   with (
     jax.set_mesh(on),
-    pytest.raises(ValueError, match='over 4 devices cannot be cut'),
+    pytest.raises(ValueError, match='on 4 devices cannot be cut'),
   ):
     drop_in('msam', gathered, shards=16)(params, data)
 
@@ -116,22 +119,18 @@ def test_micro_batches_that_cannot_lie_as_the_batch_does_are_refused():
 @pytest.mark.cpu
 @both_syncs
 @both_ways
-def test_a_batch_that_the_loss_lays_over_devices_is_worked_on_once(vectorize, sync):
-  """Counted in the program: each device has its part of the products, and no more."""
-  params, data, on = place('data-parallel')
-  lies = jax.sharding.NamedSharding(on, jax.sharding.PartitionSpec('i'))
+def test_a_batch_that_is_sharded_stays_where_it_is(vectorize, sync):
+  """Counted in the program: each device has its share of the products, and no more."""
+  params, data, _ = place('data-parallel')
+  compiled = lambda f: jax.jit(f).lower(params, data).compile().as_text()
+  products = lambda program: hlo.matrix_flops(hlo.read(program))
 
-  def laid(params, data):
-    return loss(params, jax.lax.with_sharding_constraint(data, lies))
-
-  def products(take):
-    compiled = jax.jit(take).lower(params, data).compile()
-    return hlo.matrix_flops(hlo.read(compiled.as_text()))
-
-  take = drop_in('msam', laid, shards=2, vectorize_shards=vectorize, sync_ascent=sync)
-  assert products(take) == 2 * products(jax.value_and_grad(loss))
-  _, grads = jax.jit(take)(params, data)
-  assert_close(grads, expected('msam', parts=2, synced=sync)[1])
+  f = drop_in('msam', shards=2, vectorize_shards=vectorize, sync_ascent=sync)
+  program = compiled(f)
+  assert products(program) == 2 * products(compiled(jax.value_and_grad(loss)))
+  assert not re.search('all-gather|all-to-all|collective-permute', program)
+  _, grads = jax.jit(f)(params, data)
+  assert_close(grads, expected('msam', shards=2, synced=sync)[1])
 
 
 @both_ways
@@ -155,10 +154,8 @@ def test_keyword_arguments_are_split_and_scalars_are_not(vectorize):
     vectorize_shards=vectorize,
   )
   got = take(make_params(), x, scale, y=y, key=key)
-  noise = jnp.tile(jax.random.normal(key, (8, 3)), (4, 1))
-  want = by_hand.sharpness_aware_gradient(
-    'msam', loss, make_params(), (scale * x + noise, y), parts=4
-  )
+  noise = jnp.repeat(jax.random.normal(key, (8, 3)), 4, axis=0)
+  want = by_hand.gradient('msam', loss, make_params(), (scale * x + noise, y), shards=4)
   assert_close(got, want)
 
 
@@ -173,7 +170,7 @@ def test_aux_is_stacked_and_of_the_clean_pass(once, vectorize):
     with_aux, shards=4, has_aux=True, vectorize_shards=vectorize, compile_once=once
   )
   (_, aux), _ = take(params, data)
-  np.testing.assert_array_equal(aux['first'], data[0][::8])
+  np.testing.assert_array_equal(aux['first'], data[0][:4])
   np.testing.assert_array_equal(aux['w'], np.tile(params['out']['bias'], (4, 1)))
 
 
@@ -189,8 +186,8 @@ def test_parameters_may_be_any_arguments(argnums):
   take = msam_optax.value_and_grad(f, rho=0.1, argnums=argnums, shards=2)
   _, grads = take(x, a, b)
   parts = [
-    msam_optax.value_and_grad(f, rho=0.1, argnums=argnums)(x[i : i + 2], a, b)[1]
-    for i in (0, 2)
+    msam_optax.value_and_grad(f, rho=0.1, argnums=argnums)(x[i::2], a, b)[1]
+    for i in (0, 1)
   ]
   want = jax.tree.map(lambda *gs: sum(gs) / 2, *parts)
   chex.assert_trees_all_close(grads, want, rtol=1e-6)
@@ -288,16 +285,18 @@ def test_masks_and_zero_gradients_with_one_loop(once):
   np.testing.assert_array_equal(flat(jnp.ones(3))[1], 0.0)
 
 
-def test_compile_once_holds_one_copy_of_the_gradient():
-  """Counted in the program: matrix products in one pass, in two copies, in a loop."""
+@every_method
+def test_compile_once_holds_one_copy_of_the_gradient(method):
+  """Counted in the program: matrix products in one pass, in copies, in a loop."""
 
   def products(take):
     text = jax.jit(take).lower(make_params(), make_data()).as_text()
     return text.count('stablehlo.dot_general')
 
   one = products(jax.value_and_grad(loss))
-  assert products(drop_in('msam', compile_once=True)) == one
-  assert products(drop_in('msam')) == 2 * one
+  passes = 1 + len(METHODS[method].scales)
+  assert products(drop_in(method, compile_once=True)) == one
+  assert products(drop_in(method)) == passes * one
 
 
 @pytest.mark.standard_promotion
@@ -385,12 +384,12 @@ def test_data_may_be_keyword_arguments(vectorize):
     f, rho=0.3, shards=2, data_argnames=('x', 'label'), vectorize_shards=vectorize
   )
   got = take(jnp.float32(0.0), class_weights=CLASS_WEIGHTS, x=x, label=label)
-  want = by_hand.sharpness_aware_gradient(
+  want = by_hand.gradient(
     'msam',
     lambda w, batch: with_class_weights(w, CLASS_WEIGHTS, batch),
     jnp.float32(0.0),
     LABELLED,
-    parts=2,
+    shards=2,
   )
   assert_close(got, want)
 
@@ -416,11 +415,11 @@ def test_model_state_goes_whole_to_each_part_and_comes_back(once, vectorize):
     compile_once=once,
   )
   (value, new_state), grads = take(w, state, x, y)
-  want = by_hand.sharpness_aware_gradient(
-    'msam', lambda w, xy: loss_fn(w, state, *xy)[0], w, (x, y), parts=2
+  want = by_hand.gradient(
+    'msam', lambda w, xy: loss_fn(w, state, *xy)[0], w, (x, y), shards=2
   )
   assert_close((value, grads), want)
-  assert_close(new_state['mean'], np.float32([np.mean(x[:4]), np.mean(x[4:])]))
+  assert_close(new_state['mean'], np.float32([np.mean(x[::2]), np.mean(x[1::2])]))
 
 
 def test_keys_of_examples_are_cut_with_them():
@@ -499,7 +498,7 @@ def test_vectorized_without_shards_is_refused():
 
 def test_shards_may_be_a_numpy_integer():
   take = drop_in('msam', shards=np.int64(4))
-  assert_close(take(make_params(), make_data()), expected('msam', parts=4))
+  assert_close(take(make_params(), make_data()), expected('msam', shards=4))
 
 
 @pytest.mark.parametrize('shards', [0, -1, 2.0, True])
@@ -509,5 +508,5 @@ def test_a_wrong_number_of_shards_is_refused(shards):
 
 
 def test_synced_needs_parts():
-  with pytest.raises(ValueError, match='cut the batch with `shards`'):
+  with pytest.raises(ValueError, match='or give `shards`'):
     msam_optax.value_and_grad(loss, sync_ascent=True)

@@ -1,0 +1,199 @@
+"""The registry of methods: a row for each, and the tests of methods run on every row.
+
+A new method is one row here: what makes it, and its formulas in NumPy. What it does
+on devices, in micro-batches, in Flax, inside wrappers and in half precision is compared
+with those formulas by ``by_hand``, which uses nothing else of a row.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+import functools
+import itertools
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+import optax
+import pytest
+
+import msam_optax
+
+
+class Method(NamedTuple):
+  """A method of ``msam_optax``, and the same in NumPy.
+
+  Vectors are float64 and hold all leaves, one after the other.
+
+  Attributes:
+    make: ``(rho, **options) -> transformation``, a public function or a
+      ``functools.partial`` of one: ``optax.inject_hyperparams`` reads its signature.
+    metric: that of the drop-in.
+    delta: ``(w, g, rho, is_weight) -> δ`` for the vectors of parameters and gradient;
+      ``is_weight`` says which entries ASAM takes for weights.
+    rho: the radius in the comparisons, large enough to matter.
+    update: ``(g, *probe_grads) -> update``, given the gradient and those at the
+      probes; each is the mean over the parts of a batch.
+    scales: the probes are ``w + scale · δ``.
+    combination: that of the drop-in, or None for its default.
+  """
+
+  make: Callable[..., optax.GradientTransformationExtraArgs]
+  metric: msam_optax.Metric
+  delta: Callable[[np.ndarray, np.ndarray, float, np.ndarray], np.ndarray]
+  rho: float = 0.3
+  update: Callable[..., np.ndarray] = lambda g, probe_grad: probe_grad
+  scales: tuple[float, ...] = (1.0,)
+  combination: Any = None
+
+
+def steepest(matrix: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+  """``δ = ρ G⁻¹g/√(gᵀG⁻¹g)`` by a dense solve, for ``G = matrix(w, g, is_weight)``."""
+
+  def delta(w, g, rho, is_weight):
+    u = np.linalg.solve(matrix(w, g, is_weight), g)
+    return rho * u / np.sqrt(g @ u)
+
+  return delta
+
+
+def _identity(w, g, is_weight):
+  return np.eye(len(g))
+
+
+def _adaptive(w, g, is_weight, eta=0.01):
+  return np.diag(np.where(is_weight, np.abs(w) + eta, 1.0) ** -2)
+
+
+def _monge(alpha, base=_identity):
+  return lambda w, g, is_weight: base(w, g, is_weight) + alpha**2 * np.outer(g, g)
+
+
+def monge_sam(alpha: Any) -> Method:
+  """The row of Monge SAM with another ``α``."""
+  return Method(
+    functools.partial(msam_optax.msam, alpha=alpha),
+    msam_optax.monge(alpha),
+    steepest(_monge(alpha)),
+  )
+
+
+_MONGE_OVER_ADAPTIVE = msam_optax.monge(0.5, base=msam_optax.adaptive())
+
+METHODS: dict[str, Method] = {
+  'msam': monge_sam(1.0),
+  'sam': Method(msam_optax.sam, msam_optax.euclidean(), steepest(_identity)),
+  'asam': Method(msam_optax.asam, msam_optax.adaptive(), steepest(_adaptive), rho=0.5),
+  'fisher_sam': Method(
+    msam_optax.fisher_sam,
+    msam_optax.diagonal_fisher(),
+    steepest(lambda w, g, is_weight: np.diag(1 + g**2)),
+  ),
+  'gsam': Method(
+    msam_optax.gsam,
+    msam_optax.euclidean(),
+    steepest(_identity),
+    update=lambda g, g1: g1 - 0.6 * (g - (g @ g1) / (g1 @ g1) * g1),
+    combination=msam_optax.surrogate_gap(0.6),
+  ),
+  'wsam': Method(
+    functools.partial(msam_optax.wsam, gamma=0.75),
+    msam_optax.euclidean(),
+    steepest(_identity),
+    update=lambda g, g1: 3 * g1 - 2 * g,
+    combination=msam_optax.weighted(3.0),
+  ),
+  'cr_sam': Method(
+    functools.partial(msam_optax.cr_sam, gamma=0.2, beta=0.1),
+    msam_optax.euclidean(),
+    steepest(_identity),
+    update=lambda g, plus, minus: (
+      plus + 0.2 * (plus + minus - 2 * g) + 0.1 * (plus - minus)
+    ),
+    scales=(1.0, -1.0),
+    combination=msam_optax.curvature(0.2, 0.1),
+  ),
+  'sharpness_aware': Method(
+    functools.partial(msam_optax.sharpness_aware, _MONGE_OVER_ADAPTIVE),
+    _MONGE_OVER_ADAPTIVE,
+    steepest(_monge(0.5, base=_adaptive)),
+  ),
+}
+
+# What a plain run tests where a test compiles much; the other methods are slow there.
+DEFAULT = ('msam',)
+OTHERS = tuple(name for name in METHODS if name not in DEFAULT)
+
+
+def find(method: str | Method) -> Method:
+  """The row of a name; a row is its own."""
+  return METHODS[method] if isinstance(method, str) else method
+
+
+def transformation(
+  method: str | Method, rho: Any = None, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+  """The method as a user writes it at the head of a chain.
+
+  Args:
+    method: a key of ``METHODS``, or a row.
+    rho: the radius, a number or a schedule; by default that of the row.
+    **options: of the method.
+  """
+  row = find(method)
+  return row.make(rho=row.rho if rho is None else rho, **options)
+
+
+def drop_in(
+  method: str | Method,
+  loss_fn: Callable[..., Any],
+  rho: Any = None,
+  *,
+  value_and_grad: Callable[..., Any] = msam_optax.value_and_grad,
+  **options: Any,
+) -> Callable[..., Any]:
+  """The method as a user writes it in place of ``jax.value_and_grad``.
+
+  Args:
+    method: a key of ``METHODS``, or a row.
+    loss_fn: what is differentiated.
+    rho: the radius; by default that of the row.
+    value_and_grad: the library's, or that of ``flax_nnx``.
+    **options: of ``value_and_grad``.
+  """
+  row = find(method)
+  if row.combination is not None:
+    options['combination'] = row.combination
+  return value_and_grad(loss_fn, row.metric, row.rho if rho is None else rho, **options)
+
+
+def is_default(method: str, *_: str) -> bool:
+  """Whether a plain run takes a case, whose first name is that of its method."""
+  return method in DEFAULT
+
+
+def cases(
+  *axes: Iterable[str], plain: Callable[..., bool] = lambda *names: True
+) -> list[Any]:
+  """The product of the axes as parameters of a test.
+
+  Args:
+    *axes: the names along each axis; joined they are the test's id.
+    plain: called with one name of each axis: whether a plain run takes this case.
+      The others are slow.
+
+  Returns:
+    A list for ``pytest.mark.parametrize``.
+  """
+  return [
+    pytest.param(
+      *case, id='-'.join(case), marks=() if plain(*case) else pytest.mark.slow
+    )
+    for case in itertools.product(*axes)
+  ]
+
+
+# Before a test that is cheap, and before one that compiles much.
+every_method = pytest.mark.parametrize('method', cases(METHODS))
+every_method_slowly = pytest.mark.parametrize(
+  'method', cases(METHODS, plain=is_default)
+)
