@@ -365,20 +365,32 @@ def test_a_broken_metric_fails(metric, options, message):
     testing.assert_metric(metric, arrays(G), arrays(W), **options)
 
 
-def test_under_vmap_each_gradient_counts():
-  """A metric that is right under `jit`, and wrong where gradients are batched."""
+def is_traced_for(x, kind):
+  """Whether a value is traced by `vmap` ('Batch'), or by `jit` and `scan`."""
+  return isinstance(x, jax.core.Tracer) and kind in type(x).__name__
 
-  def wrong_in(tracer):
+
+def test_under_vmap_and_scan_each_gradient_counts():
+  """Metrics that are right under `jit`, and wrong where there are several gradients."""
+
+  def metric(factor_of):
     def ascend(grads, state, params, *, space, **extra_args):
       unit, norm = space.normalize(grads)
-      factor = 2.0 if tracer in type(norm).__name__ else 1.0
-      return Ascent(times(factor, unit).astype(grads.dtype), factor * norm), state
+      factor = factor_of(norm, state)
+      return Ascent(times(factor, unit).astype(grads.dtype), factor * norm), state + 1
 
-    return Metric(lambda params: (), ascend)
+    return Metric(lambda params: jnp.zeros([], jnp.int32), ascend)
+
+  def in_vmap(norm, state):
+    return 2.0 if is_traced_for(norm, 'Batch') else 1.0
+
+  def in_scan(norm, state):
+    return 1.0 + state.astype(jnp.float32) if is_traced_for(norm, 'Jaxpr') else 1.0
 
   w, g = jnp.array([1.0, 2.0]), jnp.array([0.6, 0.8])
-  with pytest.raises(AssertionError, match='Under `vmap` a metric does what it does'):
-    testing.assert_metric(wrong_in('BatchTracer'), g, w, sharded=False)
+  for factor_of, name in {in_vmap: 'vmap', in_scan: 'scan'}.items():
+    with pytest.raises(AssertionError, match=f'Under `{name}` a metric does what it'):
+      testing.assert_metric(metric(factor_of), g, w, sharded=False)
 
 
 # Combinations.
@@ -498,6 +510,17 @@ def unsure():
   return from_probe(f)
 
 
+def other_when_traced(factor_of):
+  """Another update under `jit`, and not for each of some replicas."""
+
+  def combine(grads, state, space):
+    g = space.mean(grads[1])
+    traced = is_traced_for(state, 'Jaxpr')
+    return times(factor_of(state) if traced else 1.0, g), state + 1
+
+  return Combination(lambda params: jnp.zeros([], jnp.int32), combine)
+
+
 def by_name(g, g_probe, space):
   g_probe = space.mean(g_probe)
   return {'kernel': g_probe['kernel'] + 0.0, 'rest': g_probe['rest']}
@@ -576,6 +599,14 @@ BROKEN_COMBINATIONS = {
   ),
   'a state that NaN spoils': (momentum(), 'What is not finite does not stay'),
   'not pure': (unsure(), 'A combination is pure'),
+  'another update under jit': (
+    other_when_traced(lambda count: 2.0),
+    'Under `jit` it does what it does without',
+  ),
+  'another second update under jit': (
+    other_when_traced(lambda count: 1.0 + count.astype(jnp.float32)),
+    'Under `scan` it does what it does in a loop',
+  ),
   'cannot do without a probe': (
     every(2, combine=lambda grads, state, space: (space.mean(grads[1]), state)),
     r'(?s)accept what they are given \(`\(g,\)` alone\).*It raised IndexError',
