@@ -361,7 +361,7 @@ def check_metric(name: str, metric: Any) -> None:
     )
   try:
     inspect.signature(metric.ascend).bind(
-      None, None, None, space=None, rho=None, grad_fn=None
+      None, None, None, space=None, rho=None, grad_fn=None, any_other=None
     )
   except TypeError as error:
     raise TypeError(
