@@ -427,7 +427,7 @@ def test_examples_count_by_their_weights(name, once, sync):
 
 
 @passes
-@names('gsam')
+@names('cr_sam')
 def test_parameters_in_several_arguments(name, once):
   take = msam_optax.value_and_grad(
     lambda a, data, b: loss({'a': a, 'b': b}, data),
@@ -975,6 +975,25 @@ def spoilt_step(name, way, sync):
       return state.finite, updates
 
   return jax.jit(jax.vmap(step, axis_name='i', in_axes=(None, 0)))
+
+
+@cpu
+@both_syncs
+@every_combination
+def test_a_bad_clean_gradient_is_seen_where_the_probes_are_good(name, sync):
+  """As after an overflow in one pass alone: what one replica has lost is lost."""
+  tx = chain_of(name, axis_name='i', sync_ascent=sync)
+  w = jnp.ones(4)
+
+  def update(g):
+    updates, state = tx.update(g, tx.init(w), w, grad_fn=lambda probe: 2 * probe)
+    return state.finite, updates
+
+  grads = jnp.ones((PARTS, 4)).at[2, 1].set(jnp.nan)
+  finite, updates = jax.jit(jax.vmap(update, axis_name='i'))(grads)
+  np.testing.assert_array_equal(updates, np.broadcast_to(updates[:1], updates.shape))
+  assert not np.isfinite(updates[0, 1])
+  assert not finite.any()
 
 
 @every_way
