@@ -436,8 +436,6 @@ def _matrix_ascent(g: jax.Array) -> Ascent:
   unit, norm = spaces.LOCAL.normalize(g)
   if not g.size:
     return Ascent(g, norm)
-  # Any matrix of unit length instead of zero, whose norm has no derivative.
-  unit = jnp.where(norm > 0, unit, g.size**-0.5)
   direction = jnp.where(norm > 0, _orthogonalize(unit), 0.0)
   return Ascent(direction.astype(g.dtype), norm * spaces.LOCAL.dot(unit, direction))
 
