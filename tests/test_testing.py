@@ -730,6 +730,20 @@ def refuses(result, state, extra_args):
   return result
 
 
+def doubled_if(condition):
+  """Another update where something holds of the state and the extra arguments."""
+
+  def update(result, state, extra_args):
+    return times(2.0 if condition(state, extra_args) else 1.0, result[0]), result[1]
+
+  return changed(update=update)
+
+
+def first_leaf(state, params):
+  """Fails for the stand-in that Optax gives to `init`, a tree without leaves."""
+  return state._replace(metric_state=jnp.sum(jax.tree.leaves(params)[0]))
+
+
 def other_with_value(result, state, extra_args):
   if 'value_and_grad_fn' not in extra_args:
     return result
@@ -798,6 +812,22 @@ BROKEN_METHODS = {
   'another update with values': (
     changed(update=other_with_value),
     '`grad_fn` and `value_and_grad_fn` give the same update',
+  ),
+  'another update with an argument of others': (
+    doubled_if(lambda state, extra_args: 'argument_of_another' in extra_args),
+    'Extra arguments that it does not know are left to others',
+  ),
+  'another update from host memory': (
+    doubled_if(lambda state, extra_args: isinstance(state.count, np.ndarray)),
+    'The state is of arrays: a copy in host memory does the same',
+  ),
+  'another update under vmap': (
+    doubled_if(lambda state, extra_args: is_traced_for(state.count, 'Batch')),
+    'Under `vmap` a method does what it does for each of the params',
+  ),
+  'needs params with leaves': (
+    changed(init=first_leaf),
+    '(?s)`optax.tree.map_params` goes through the state.*It raised IndexError',
   ),
   'another update when traced': (
     changed(update=on_concrete_numbers),
