@@ -202,7 +202,14 @@ def combine(
   """
   has_gradient = _masks.trained(params)
   real = tuple(_masks.restrict_to_real(g, has_gradient) for g in grads)
-  update, state = setting.combination.combine(real, state, space)
+  result = setting.combination.combine(real, state, space)
+  if not isinstance(result, tuple) or len(result) != 2:
+    raise TypeError(
+      'The `combine` of a Combination must return `(update, state)`, not a'
+      f' {type(result).__name__}{_length(result)}. Without a state it returns the one'
+      ' that it was given.'
+    )
+  update, state = result
   what = 'What the `combine` of a Combination returns must be like the gradients'
   _checks.check_like(update, real[0], what=what, dtypes=False)
 
@@ -214,6 +221,10 @@ def combine(
     return jnp.asarray(new).astype(jnp.result_type(old))
 
   return jax.tree.map(of_leaf, has_gradient, update, like), state
+
+
+def _length(x):
+  return f' of {len(x)}' if isinstance(x, (tuple, list)) else ''
 
 
 def _cast(tree, dtype, perturbed):

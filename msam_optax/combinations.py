@@ -13,10 +13,12 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from msam_optax import _checks
 from msam_optax import _hyperparameters
 from msam_optax import _numerics
 from msam_optax import spaces
@@ -115,7 +117,7 @@ def weighted(a: float | jax.Array) -> Combination:
     g, *probes = grads
     if not probes:
       return space.mean(g)
-    a_now = jnp.asarray(_hyperparameters.value_at('a', a))
+    (a_now,) = _numbers(a=a)
     return space.mean(_sum((1.0 - a_now, a_now), (g, *probes)))
 
   return _stateless(combine)
@@ -159,7 +161,7 @@ def surrogate_gap(alpha: float | jax.Array) -> Combination:
     g, *probes = grads
     if not probes:
       return g
-    alpha_now = jnp.asarray(_hyperparameters.value_at('alpha', alpha))
+    (alpha_now,) = _numbers(alpha=alpha)
     # By way of the unit vector: ⟨g₁, g₁⟩ would underflow where g₁ does not.
     unit, _ = space.normalize(probes[0])
     slope = space.dot(g, unit)
@@ -208,8 +210,7 @@ def curvature(
     g, *probes = grads
     if not probes:
       return space.mean(g)
-    second = jnp.asarray(_hyperparameters.value_at('gamma', gamma))
-    first = jnp.asarray(_hyperparameters.value_at('beta', beta))
+    second, first = _numbers(gamma=gamma, beta=beta)
     weights = (-2.0 * second, 1.0 + second + first, second - first)
     return space.mean(_sum(weights, (g, *probes)))
 
@@ -223,14 +224,33 @@ def check_combination(combination: Any) -> None:
       '`combination` must be a Combination, such as `probe_gradient()` or'
       f' `weighted(0.8)`, got {combination!r}.'
     )
+  due = combination.due
+  if not callable(combination.init) or not callable(combination.combine):
+    raise TypeError(
+      'The `init` and `combine` of a Combination must be functions, got'
+      f' {combination.init!r} and {combination.combine!r}.'
+    )
+  if due is not None and not callable(due):
+    raise TypeError(
+      f'The `due` of a Combination must be a function or None, got {due!r}.'
+    )
   scales = combination.scales
-  if not isinstance(scales, Sequence) or not scales:
+  if not isinstance(scales, Sequence) or isinstance(scales, str) or not scales:
     raise ValueError(
       'The `scales` of a Combination are those of its probes, one at least, as in'
       f' `(1.0,)`, got {scales!r}.'
     )
   for scale in scales:
-    if isinstance(scale, (int, float, np.number)) and not np.isfinite(scale):
+    dtype = _checks.dtype_of(scale)
+    real = any(
+      dtype is not None and jnp.issubdtype(dtype, kind)
+      for kind in (jnp.floating, jnp.integer)
+    )
+    if not real or np.shape(scale):
+      raise TypeError(
+        f'The `scales` of a Combination must be real numbers, got {scales!r}.'
+      )
+    if not isinstance(scale, jax.core.Tracer) and not np.isfinite(scale):
       raise ValueError(f'The `scales` of a Combination must be finite, got {scales!r}.')
 
 
@@ -239,6 +259,12 @@ def _stateless(combine: Callable[[Any, spaces.Space], Any]) -> Combination:
     init=lambda params: optax.EmptyState(),
     combine=lambda grads, state, space: (combine(grads, space), state),
   )
+
+
+def _numbers(**values: Any) -> list[jax.Array]:
+  """The numbers now, in one dtype, float32 or wider: 1 − a would round in bfloat16."""
+  now = [_hyperparameters.value_at(name, x) for name, x in values.items()]
+  return [_numerics.widen(x, like=now) for x in now]
 
 
 def _sum(weights: Any, trees: Any, dtypes: Any = None) -> Any:

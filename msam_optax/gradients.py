@@ -225,12 +225,14 @@ def value_and_grad(
     _devices.check_axes(params, param_specs, axis_name)
     _check_overwritten(params, shards, axis_name)
     output, grads = gradients_of(*args, **kwargs)
-    if sync_ascent:
-      averaged = grads if compile_once else grads[0]
-    else:
+    if not sync_ascent:
       _devices.check_varying(grads[0], axis_name)
-      averaged = ()
-    space = spaces.over(axis_name, param_specs, weight=output.weight, averaged=averaged)
+      space = spaces.over(axis_name, param_specs, weight=output.weight)
+    elif compile_once:
+      space = spaces.over(None, param_specs)  # The loop has averaged all of them.
+    else:
+      grads = grads[0], *_shares(grads[1:], output.weight, axis_name)
+      space = spaces.over(axis_name, param_specs, averaged=grads[0])
     grads, _ = _passes.combine(
       grads, combination_state, space, setting, like=grads[0], params=params
     )
@@ -300,6 +302,18 @@ def _check_stateless(metric_state, combination_state):
       ' nowhere to keep it: use the transformation `sharpness_aware(metric, rho,'
       ' combination)` in `optax.chain`.'
     )
+
+
+def _shares(grads, weight, axis_name):
+  """Gradients whose plain mean over replicas is the one by weights.
+
+  A plain mean leaves what is a mean already as it is, and so also a sum of such a
+  gradient and one of each replica. By weights it would not where one of them is zero.
+  """
+  if weight is None or axis_name is None:
+    return grads
+  mean = _numerics.divisor(jax.lax.pmean(weight, axis_name))
+  return _numerics.multiply(_numerics.divisor(weight) / mean, grads)
 
 
 def _whole(output, grads, axis_name):

@@ -12,6 +12,7 @@ import jax.core
 import optax
 
 from msam_optax import _hyperparameters
+from msam_optax import _numerics
 from msam_optax import combinations
 from msam_optax import metrics
 from msam_optax import transformation
@@ -330,6 +331,7 @@ def wsam(
   if not isinstance(gamma, jax.core.Tracer) and gamma >= 1:
     raise ValueError(f'`gamma` must be less than 1, got {gamma!r}: SAM is 0.5.')
   # With γ not in range at run time the weight is not either, and becomes NaN.
+  gamma = gamma if isinstance(gamma, (int, float)) else _numerics.widen(gamma)
   combination = combinations.weighted(gamma / (1.0 - gamma))
   return transformation.sharpness_aware(metric, rho, combination, **options)
 
