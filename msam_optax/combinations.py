@@ -38,6 +38,8 @@ class Combination(NamedTuple):
       after ``g`` one gradient for each of the ``scales``, or ``(g,)`` in a step that is
       not ``due``. Each replica has its own gradients; ``space.mean`` is their mean, and
       the update must be the same on all. It is cast to the dtypes of the gradients.
+      What is not finite must stay so in the update (``space.normalize`` returns zeros
+      for it), and must not stay in the state.
     scales: one number for each probe, which is at ``w + scale · δ`` and costs one more
       gradient.
     due: ``(g, state, space) -> bool``, scalar: whether this step has probes. It must be
@@ -51,8 +53,9 @@ class Combination(NamedTuple):
     >>> import msam_optax
     >>> def combine(grads, state, space):
     ...   g, g_probe = space.mean(grads)
-    ...   (_, length), (unit, _) = space.normalize(g), space.normalize(g_probe)
-    ...   return jax.tree.map(lambda u: length * u, unit), state
+    ...   (_, length), (_, size) = space.normalize(g), space.normalize(g_probe)
+    ...   ratio = length / jnp.where(size > 0, size, 1.0)
+    ...   return jax.tree.map(lambda x: ratio * x, g_probe), state
     >>> stable = msam_optax.Combination(lambda params: optax.EmptyState(), combine)
     >>> tx = msam_optax.sharpness_aware(msam_optax.euclidean(), 0.5, stable)
     >>> w, grad_fn = jnp.array([0.3, 0.4]), jax.grad(lambda w: jnp.sum(w**2))

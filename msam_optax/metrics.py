@@ -50,7 +50,8 @@ class Metric(NamedTuple):
     init: ``params -> state``. A metric without state returns a tree without
       leaves.
     ascend: ``(grads, state, params, *, space, **extra_args) -> (Ascent, state)``; the
-      direction is zero, not NaN, where the whole gradient is. Sums over all leaves are
+      direction is zero, not NaN, where the whole gradient is, and a gradient that is
+      not finite must not stay in the state. Sums over all leaves are
       those of ``space``, a :class:`Space`, so that they are right on several devices.
       The extra arguments are those of ``update`` (whatever the user gives) and two
       more: ``rho``, the radius of this step, and ``grad_fn``, which returns gradients
@@ -68,10 +69,11 @@ class Metric(NamedTuple):
     >>> import msam_optax
     >>> def quadratic(B):
     ...   def ascend(grads, state, params, *, space=msam_optax.LOCAL, **extra_args):
-    ...     u = jnp.linalg.solve(B, grads)
-    ...     slope = jnp.sqrt(space.dot(grads, u))
-    ...     is_zero = slope == 0
-    ...     return msam_optax.Ascent(u / jnp.where(is_zero, 1.0, slope), slope), state
+    ...     unit, norm = space.normalize(grads)
+    ...     u = jnp.linalg.solve(B, unit)
+    ...     root = jnp.sqrt(space.dot(unit, u))
+    ...     direction = jnp.where(norm > 0, u / root, 0.0).astype(grads.dtype)
+    ...     return msam_optax.Ascent(direction, norm * root), state
     ...   return msam_optax.Metric(lambda params: optax.EmptyState(), ascend)
     >>> metric = msam_optax.monge(0.5, base=quadratic(jnp.diag(jnp.array([1.0, 4.0]))))
     >>> g = jnp.array([1.0, 2.0])
