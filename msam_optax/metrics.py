@@ -59,7 +59,8 @@ class Metric(NamedTuple):
 
   Both functions see the leaves that are perturbed, and no others: in the place of what
   ``mask`` leaves out is an ``optax.MaskedNode``. So ``δᵀGδ = ρ²`` for the leaves that
-  move, and a state has nothing of frozen ones. What ``grad_fn`` takes and returns has
+  move, and a state has nothing of frozen ones. (Mask out what has no gradient: ``init``
+  cannot know which gradients will be None.) What ``grad_fn`` takes and returns has
   the same structure.
 
   Examples:

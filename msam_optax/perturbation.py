@@ -98,14 +98,28 @@ def ascend(
     the metric's next state.
 
   Raises:
-    ValueError: if the direction is not like the gradients.
+    TypeError: if the metric does not return an Ascent and a state.
+    ValueError: if the direction is not like the gradients, or the slope no scalar.
   """
   grads = _masks.restrict(grads, mask)
   params = None if params is None else _masks.restrict(params, mask)
-  ascent, state = metric.ascend(grads, state, params, **extra_args)
+  result = metric.ascend(grads, state, params, **extra_args)
+  is_pair = isinstance(result, tuple) and len(result) == 2
+  if not is_pair or not isinstance(result[0], metrics.Ascent):
+    raise TypeError(
+      'The `ascend` of a Metric must return `(Ascent(direction, slope), state)`, but'
+      f' it returns a {type(result).__name__}. One without a state returns the state'
+      ' that it gets.'
+    )
+  ascent, new_state = result
+  if jnp.shape(ascent.slope):
+    raise ValueError(
+      'The slope that a metric returns must be a scalar, but its shape is'
+      f' {jnp.shape(ascent.slope)}.'
+    )
   what = 'The direction that a metric returns must be like the gradients that it gets'
   _checks.check_like(ascent.direction, grads, what=what, dtypes=False)
-  return ascent, state
+  return ascent, new_state
 
 
 def distance(

@@ -323,6 +323,12 @@ def _check_inputs(grads, params, extra_args):
     grads, expected, what=_checks.pair_hint(grads, params) + what, dtypes=False
   )
   _checks.check_first(grads, extra_args.get('grad'))
+  if reserved := sorted({'rho', 'space', 'grads'} & set(extra_args)):
+    raise ValueError(
+      f'`update` was given {reserved[0]!r}, an argument that a metric gets from the'
+      ' transformation itself. Give the radius when you make the method, as a schedule'
+      ' if it changes: `msam(rho=schedule)`; and other arguments another name.'
+    )
 
 
 def _check_dtype(dtype):

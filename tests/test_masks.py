@@ -562,3 +562,28 @@ def test_a_direction_that_is_not_like_the_gradients_is_refused(way, direction, m
     message = 'must be like the gradients'
   with pytest.raises(ValueError, match=message):
     way(metric, params, None)
+
+
+@pytest.mark.parametrize(
+  ('result', 'error', 'message'),
+  [
+    (lambda ascent, state: ascent, TypeError, 'but it returns a Ascent'),
+    (lambda ascent, state: None, TypeError, 'but it returns a NoneType'),
+    (lambda ascent, state: ((*ascent,), state), TypeError, 'but it returns a tuple'),
+    (
+      lambda ascent, state: (ascent._replace(slope=jnp.ones(2)), state),
+      ValueError,
+      r'slope .* must be a scalar, but its shape is \(2,\)',
+    ),
+  ],
+  ids=['no state', 'None', 'plain tuple', 'slope'],
+)
+@pytest.mark.parametrize('way', [chain, drop_in, compiled_once, nnx_drop_in])
+def test_what_is_no_ascent_and_a_state_is_refused(way, result, error, message):
+  def ascend(grads, state, params, *, space, **extra_args):
+    ascent, state = euclidean().ascend(grads, state, params, space=space)
+    return result(ascent, state)
+
+  metric = Metric(lambda params: optax.EmptyState(), ascend)
+  with pytest.raises(error, match=message):
+    way(metric, {'a': jnp.ones([]), 'b': jnp.ones(2)}, None)
