@@ -27,9 +27,10 @@ from msam_optax import spaces
 class Combination(NamedTuple):
   """How one update is made of the gradients of a step.
 
-  The gradients are pytrees of real arrays with the structure of the params, without
-  the leaves that have no gradient (integers, FP8 scaling factors; in their place is an
-  ``optax.MaskedNode``, and a complex leaf is a pair of real ones).
+  The gradients are pytrees of real arrays with the structure of the params, also of
+  leaves that ``mask`` leaves out, since these are trained as well; without leaves that
+  have no gradient (integers, FP8 scaling factors: in their place is an
+  ``optax.MaskedNode``), and with a pair of real arrays for a complex leaf.
 
   Attributes:
     init: ``params -> state``. A combination without state returns a tree without
@@ -134,7 +135,9 @@ def surrogate_gap(alpha: float | jax.Array) -> Combination:
 
       g₁ − α (g − ⟨g, g₁⟩/⟨g₁, g₁⟩ g₁)
 
-  With replicas both gradients are their means before the formula.
+  With replicas both gradients are their means before the formula. The inner products
+  are over all leaves that have a gradient, perturbed or not: frozen ones should have
+  none (None, or another argument of the loss), which ``mask`` alone does not achieve.
 
   Args:
     alpha: ``α``, scalar >= 0. 0 is the gradient at the probe.

@@ -21,6 +21,11 @@ def is_matrix(path: str, leaf: np.ndarray) -> bool:
   return leaf.ndim > 1
 
 
+def every_leaf(path: str, leaf: np.ndarray) -> bool:
+  """Which leaves are perturbed where nothing else is said."""
+  return True
+
+
 def gradient(
   method: str | Method,
   loss: Callable[[Any, Any], Any],
@@ -68,6 +73,7 @@ def update(
   weights: Sequence[float] | None = None,
   radii: Sequence[float] | None = None,
   is_weight: Callable[[str, np.ndarray], bool] = is_matrix,
+  is_perturbed: Callable[[str, np.ndarray], bool] = every_leaf,
 ) -> Any:
   """The sharpness-aware gradient, given the plain one of each part of a batch.
 
@@ -80,6 +86,7 @@ def update(
     radii: the radius of each part; by default that of the row.
     is_weight: ``(path, leaf) -> bool``, which leaves ASAM takes for weights, by
       their path as JAX writes it.
+    is_perturbed: which leaves are perturbed, likewise. All have a part in the update.
 
   Returns:
     A pytree like the gradients, in their dtypes.
@@ -90,7 +97,7 @@ def update(
   own = [_vector(g) for g in grads]
   ascents = [mean(own)] * len(own) if synced else own
   deltas = [
-    _delta(row, params, g, rho, is_weight)
+    _delta(row, params, g, rho, is_weight, is_perturbed)
     for g, rho in zip(ascents, radii or [row.rho] * len(own), strict=True)
   ]
   at_probes = [
@@ -190,19 +197,21 @@ def adam(
   return step
 
 
-def _delta(row, params, g, rho, is_weight):
-  if not g.any():  # No direction is the steepest.
-    return np.zeros_like(g)
-  return row.delta(_vector(params), g, rho, _are_weights(params, is_weight))
+def _delta(row, params, g, rho, is_weight, is_perturbed=every_leaf):
+  delta, w = np.zeros_like(g), _vector(params)
+  on = _entries(params, is_perturbed)
+  if g[on].any():  # Else no direction is the steepest.
+    delta[on] = row.delta(w[on], g[on], rho, _entries(params, is_weight)[on])
+  return delta
 
 
-def _are_weights(params, is_weight):
-  """For each entry of the vector of the parameters, whether ASAM scales it."""
+def _entries(params, is_chosen):
+  """For each entry of the vector of the parameters, whether its leaf is chosen."""
   leaves = [
     (jax.tree_util.keystr(path), np.asarray(leaf))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   ]
-  return np.concatenate([np.full(x.size, is_weight(path, x)) for path, x in leaves])
+  return np.concatenate([np.full(x.size, is_chosen(path, x)) for path, x in leaves])
 
 
 def _vector(tree):
