@@ -96,22 +96,22 @@ def chain_step(model, optimizer):
 passes = pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
 
 
-def make_step(method, door):
+def make_step(method, interface):
   """The optimizer, and a step of training with it."""
   descent = optax.sgd(0.1)
-  if door == 'chain':
+  if interface == 'chain':
     return optax.chain(transformation(method), descent), chain_step
-  return descent, drop_in_step(method, compile_once=door == 'compiled once')
+  return descent, drop_in_step(method, compile_once=interface == 'compiled once')
 
 
-DOORS = ('drop-in', 'compiled once', 'chain')
+INTERFACES = ('drop-in', 'compiled once', 'chain')
 
 
 @pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
-@pytest.mark.parametrize('door', DOORS)
+@pytest.mark.parametrize('interface', INTERFACES)
 @every_method_slowly
-def test_one_step(method, door, jit):
-  tx, step = make_step(method, door)
+def test_one_step(method, interface, jit):
+  tx, step = make_step(method, interface)
   model, clean = make(), make()
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
   expected = step_by_hand(method, model, 0.1)
@@ -123,7 +123,7 @@ def test_one_step(method, door, jit):
   chex.assert_trees_all_close(loss, clean_loss, rtol=1e-6)
   chex.assert_trees_all_close(arrays(model, nnx.Param), expected, rtol=1e-4, atol=1e-6)
   not_params = nnx.Not(nnx.Param)
-  if jit or door == 'compiled once':
+  if jit or interface == 'compiled once':
     # The same arithmetic in another program: fused, so equal to rounding only.
     chex.assert_trees_all_close(
       arrays(model, not_params), arrays(clean, not_params), rtol=1e-6
@@ -379,15 +379,15 @@ class Normalised(nnx.Module):
     return x @ self.w[...]
 
 
-@pytest.mark.parametrize('door', ['drop-in', 'chain'])
-def test_a_pass_that_changes_what_is_trained(door):
+@pytest.mark.parametrize('interface', ['drop-in', 'chain'])
+def test_a_pass_that_changes_what_is_trained(interface):
   """The probe starts where the clean pass did, and what that pass did stays."""
   x, start = X[:, :3], np.array([3.0, -1.0, 2.0], np.float32)
   plain = lambda w: jnp.mean((x @ (w / jnp.linalg.norm(w)) - 1) ** 2)
   unit = start / np.linalg.norm(start)
   loss_fn = lambda model: jnp.mean((model(x) - 1) ** 2)
   model = Normalised()
-  if door == 'drop-in':
+  if interface == 'drop-in':
     want = jax.grad(plain)(by_hand.probe('msam', start, jax.grad(plain)(start), 0.3))
     _, grads = flax_nnx.value_and_grad(loss_fn, rho=0.3)(model)
     np.testing.assert_allclose(model.w[...], unit, rtol=1e-6)
@@ -564,7 +564,7 @@ def test_stacked_layers_have_the_adaptive_metric_of_the_layers():
   want = jax.grad(by_layers)(by_hand.probe('asam', params, g, rho), Y)
 
   @nnx.jit
-  def both_doors(model, optimizer):
+  def both_interfaces(model, optimizer):
     grad_fn = flax_nnx.grad_fn(stacked_loss, model, X, Y)
     take = flax_nnx.value_and_grad(stacked_loss, adaptive(), rho)
     _, grads = take(model, X, Y)
@@ -572,7 +572,7 @@ def test_stacked_layers_have_the_adaptive_metric_of_the_layers():
     return grads
 
   optimizer = nnx.Optimizer(model, asam(rho=rho), wrt=nnx.Param)
-  grads = both_doors(model, optimizer)
+  grads = both_interfaces(model, optimizer)
   chex.assert_trees_all_close(unstacked(grads), want, rtol=1e-4, atol=1e-6)
   moved = jax.tree.map(jnp.subtract, unstacked(nnx.state(model)), params)
   chex.assert_trees_all_close(moved, want, rtol=1e-4, atol=1e-5)
@@ -595,8 +595,8 @@ def lora():
 
 
 @pytest.mark.parametrize('argnums', [0, nnx.DiffState(0, nnx.LoRAParam)], ids=type)
-@pytest.mark.parametrize('door', ['drop-in', 'one loop', 'chain'])
-def test_lora(door, argnums):
+@pytest.mark.parametrize('interface', ['drop-in', 'one loop', 'chain'])
+def test_lora(interface, argnums):
   """Three steps of SGD, by hand on two matrices; the base stays bit for bit."""
   model, rho, lr = lora(), 0.3, 0.1
   kernel, bias = np.array(model.kernel[...]), np.array(model.bias[...])
@@ -611,19 +611,19 @@ def test_lora(door, argnums):
 
   chain = optax.chain(msam(rho=rho), optax.sgd(lr))
   optimizer = nnx.Optimizer(
-    model, chain if door == 'chain' else optax.sgd(lr), wrt=nnx.LoRAParam
+    model, chain if interface == 'chain' else optax.sgd(lr), wrt=nnx.LoRAParam
   )
   # What is not trained may have gradients, which the chain does not look at. The
   # drop-in moves all that it takes gradients of, so it has to be told.
-  wrt = argnums if door == 'chain' else nnx.DiffState(0, nnx.LoRAParam)
+  wrt = argnums if interface == 'chain' else nnx.DiffState(0, nnx.LoRAParam)
   for _ in range(3):
-    if door == 'chain':
+    if interface == 'chain':
       grad_fn = flax_nnx.grad_fn(loss_fn, model, X, Y, argnums=wrt)
       grads = nnx.grad(loss_fn, argnums=wrt)(model, X, Y)
       optimizer.update(model, nnx.state(grads, nnx.LoRAParam), grad_fn=grad_fn)
     else:
       take = flax_nnx.value_and_grad(
-        loss_fn, rho=rho, argnums=wrt, compile_once=door == 'one loop'
+        loss_fn, rho=rho, argnums=wrt, compile_once=interface == 'one loop'
       )
       optimizer.update(model, take(model, X, Y)[1])
   got = {'a': model.lora.lora_a[...], 'b': model.lora.lora_b[...]}
@@ -670,9 +670,9 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize('door', ['drop-in', 'one loop', 'chain', 'chain, all'])
+@pytest.mark.parametrize('interface', ['drop-in', 'one loop', 'chain', 'chain, all'])
 @pytest.mark.parametrize('name', FILTERS)
-def test_filters_of_the_optimizer(name, door):
+def test_filters_of_the_optimizer(name, interface):
   wrt, trained = FILTERS[name]
   model = Mlp()
   start = as_dict(nnx.state(model))
@@ -682,17 +682,17 @@ def test_filters_of_the_optimizer(name, door):
   want = jax.tree.map(lambda w, g: w - 0.1 * g, start, at_probe)
 
   argnums = nnx.DiffState(0, wrt)
-  if door.startswith('chain'):
+  if interface.startswith('chain'):
     tx = optax.chain(msam(rho=0.3), optax.sgd(0.1))
     optimizer = nnx.Optimizer(model, tx, wrt=wrt)
     grads = nnx.grad(loss_fn, argnums=argnums)(model, X, Y)
     # Gradients of more than is trained do no harm at the probe.
-    argnums = 0 if door == 'chain, all' else argnums
+    argnums = 0 if interface == 'chain, all' else argnums
     grad_fn = flax_nnx.grad_fn(loss_fn, model, X, Y, argnums=argnums)
     optimizer.update(model, grads, grad_fn=grad_fn)
   else:
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=wrt)
-    once = door == 'one loop'
+    once = interface == 'one loop'
     take = flax_nnx.value_and_grad(loss_fn, rho=0.3, argnums=argnums, compile_once=once)
     optimizer.update(model, take(model, X, Y)[1])
   got = as_dict(nnx.state(model))
@@ -756,9 +756,9 @@ def test_model_and_optimizer():
 
 
 @pytest.mark.parametrize('jit', [False, True], ids=['without jit', 'with'])
-@pytest.mark.parametrize('door', DOORS)
-def test_a_healthy_step_holds_no_nan_and_no_infinity(door, jit):
-  tx, step = make_step('msam', door)
+@pytest.mark.parametrize('interface', INTERFACES)
+def test_a_healthy_step_holds_no_nan_and_no_infinity(interface, jit):
+  tx, step = make_step('msam', interface)
   model = make()
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
   expected = step_by_hand('msam', model, 0.1)

@@ -28,25 +28,25 @@ from tests.problems import mlp_params
 
 pytestmark = pytest.mark.standard_promotion
 
-DOORS = ('chain', 'drop_in')
+INTERFACES = ('chain', 'drop_in')
 DTYPES = ('float32', 'bfloat16')
 ACCELERATORS = ('tpu', 'cuda', 'rocm')
 DEVICES = 8
 
 each_case = pytest.mark.parametrize(
-  ('method', 'door', 'dtype'),
-  cases(METHODS, DOORS, DTYPES, plain=is_default),
+  ('method', 'interface', 'dtype'),
+  cases(METHODS, INTERFACES, DTYPES, plain=is_default),
 )
 
 
-def make_step(method, door):
+def make_step(method, interface):
   """The optimizer, and a step of training as a user would write it."""
   tx = optax.adam(optax.cosine_decay_schedule(0.01, 100))
-  if door == 'chain':
+  if interface == 'chain':
     tx = optax.chain(transformation(method, optax.linear_schedule(0.1, 0.0, 100)), tx)
 
   def step(params, state, data):
-    if door == 'chain':
+    if interface == 'chain':
       take = lambda params: jax.value_and_grad(loss)(params, data)
       value, grads = take(params)
       updates, state = tx.update(
@@ -61,12 +61,12 @@ def make_step(method, door):
   return tx, step
 
 
-def flat_problem(method, door, dtype):
+def flat_problem(method, interface, dtype):
   """A step from leaves to leaves, as a list can be serialised, and its arguments.
 
   Every dimension is a multiple of the devices, so that all of it can be sharded.
   """
-  tx, step = make_step(method, door)
+  tx, step = make_step(method, interface)
   grow = lambda w: np.resize(np.asarray(w, np.float32), [8] * w.ndim) / 2
   params = jax.tree.map(lambda w: jnp.asarray(grow(w), dtype), mlp_params())
   data = tuple(jnp.asarray(np.resize(a, (16, 8)), dtype) for a in batch(size=16))
@@ -102,26 +102,26 @@ def assert_exported(exported, platform, arguments, devices=1):
 
 @each_case
 @pytest.mark.parametrize('platform', ACCELERATORS)
-def test_lowers_for(platform, method, door, dtype):
-  step, *arguments = flat_problem(method, door, dtype)
+def test_lowers_for(platform, method, interface, dtype):
+  step, *arguments = flat_problem(method, interface, dtype)
   exported = export.export(jax.jit(step), platforms=[platform])(*arguments)
   assert_exported(through_bytes(exported), platform, arguments)
 
 
 @pytest.mark.parametrize(
-  ('method', 'door', 'dtype'),
+  ('method', 'interface', 'dtype'),
   # Step by step every operation is compiled alone, and that takes seconds.
   cases(
     METHODS,
-    DOORS,
+    INTERFACES,
     ('float32',),
-    plain=lambda method, door, dtype: (
-      (method, door, dtype) == ('msam', 'chain', 'float32')
+    plain=lambda method, interface, dtype: (
+      (method, interface, dtype) == ('msam', 'chain', 'float32')
     ),
   ),
 )
-def test_exported_step_equals_eager_one(method, door, dtype):
-  step, *arguments = flat_problem(method, door, dtype)
+def test_exported_step_equals_eager_one(method, interface, dtype):
+  step, *arguments = flat_problem(method, interface, dtype)
   exported = export.export(jax.jit(step))(*arguments)
   tolerance = {'float32': 1e-5, 'bfloat16': 2e-2}[dtype]
   chex.assert_trees_all_close(
@@ -138,32 +138,32 @@ def place(mesh, x):
   return jax.device_put(x, NamedSharding(mesh, spec))
 
 
-def sharded_problem(method, door):
+def sharded_problem(method, interface):
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('i',))
-  step, leaves, data = flat_problem(method, door, 'float32')
+  step, leaves, data = flat_problem(method, interface, 'float32')
   data = tuple(jax.device_put(a, NamedSharding(mesh, P('i'))) for a in data)
   return step, [place(mesh, x) for x in leaves], data
 
 
-every_door = pytest.mark.parametrize(
-  ('method', 'door'),
-  cases(METHODS, DOORS, plain=is_default),
+every_interface = pytest.mark.parametrize(
+  ('method', 'interface'),
+  cases(METHODS, INTERFACES, plain=is_default),
 )
 
 
 @pytest.mark.cpu
-@every_door
+@every_interface
 @pytest.mark.parametrize('platform', ACCELERATORS)
-def test_sharded_step_lowers_for(platform, method, door):
-  step, *arguments = sharded_problem(method, door)
+def test_sharded_step_lowers_for(platform, method, interface):
+  step, *arguments = sharded_problem(method, interface)
   exported = export.export(jax.jit(step), platforms=[platform])(*arguments)
   assert_exported(through_bytes(exported), platform, arguments, DEVICES)
 
 
 @pytest.mark.cpu
-@every_door
-def test_sharded_exported_step_equals_eager_one_on_one_device(method, door):
-  step, *arguments = sharded_problem(method, door)
+@every_interface
+def test_sharded_exported_step_equals_eager_one_on_one_device(method, interface):
+  step, *arguments = sharded_problem(method, interface)
   exported = export.export(jax.jit(step), platforms=['cpu'])(*arguments)
   chex.assert_trees_all_close(
     jax.jit(through_bytes(exported).call)(*arguments),

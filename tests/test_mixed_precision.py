@@ -74,7 +74,7 @@ def test_the_flag_is_the_same_on_all_replicas():
   assert not jax.vmap(step, axis_name='i')(grads.at[2, 0].set(jnp.inf)).any()
 
 
-DOORS = {
+INTERFACES = {
   'chain': {},
   'drop-in': {},
   'compiled once': {'compile_once': True},
@@ -83,8 +83,12 @@ DOORS = {
 
 @pytest.mark.parametrize('at', ['clean', 'probe'])
 @pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
-@pytest.mark.parametrize(('method', 'door'), cases(METHODS, DOORS, plain=is_default))
-def test_what_is_not_finite_on_one_replica_is_so_on_all(method, door, sync_ascent, at):
+@pytest.mark.parametrize(
+  ('method', 'interface'), cases(METHODS, INTERFACES, plain=is_default)
+)
+def test_what_is_not_finite_on_one_replica_is_so_on_all(
+  method, interface, sync_ascent, at
+):
   """And the same there: replicas that take different steps are never one again."""
   mapped = {'axis_name': 'i', 'sync_ascent': sync_ascent}
 
@@ -95,8 +99,8 @@ def test_what_is_not_finite_on_one_replica_is_so_on_all(method, door, sync_ascen
 
   def step(x):
     w = jnp.ones((2, 2))
-    if door != 'chain':
-      return drop_in(method, broken, **mapped, **DOORS[door])(w, x)[1]
+    if interface != 'chain':
+      return drop_in(method, broken, **mapped, **INTERFACES[interface])(w, x)[1]
     tx, grad_fn = transformation(method, **mapped), lambda w: jax.grad(broken)(w, x)
     return tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
 
@@ -146,20 +150,20 @@ def drop_in_step(
   return state, flax_linen.scale_by_both_passes(dynamic_scale, finite), value
 
 
-def make_state(door, method, params):
-  """A Flax state for a door: the method is in the chain, or in the gradient."""
+def make_state(interface, method, params):
+  """A Flax state for a interface: the method is in the chain, or in the gradient."""
   descent = optax.sgd(0.05)
-  tx = optax.chain(method, descent) if door == 'chain' else descent
+  tx = optax.chain(method, descent) if interface == 'chain' else descent
   return flax_linen.TrainState.create(apply_fn=None, params=params, tx=tx)
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize('door', ['chain', 'drop-in'])
-def test_loss_scaling_trains_as_float32_does(door):
+@pytest.mark.parametrize('interface', ['chain', 'drop-in'])
+def test_loss_scaling_trains_as_float32_does(interface):
   """Too large a scale backs off without a trace; then it is a step like any other."""
-  state = make_state(door, msam(0.1), mlp_params())
+  state = make_state(interface, msam(0.1), mlp_params())
   scale = DynamicScale(scale=2.0**20, growth_interval=100)
-  step = jax.jit(chain_step if door == 'chain' else drop_in_step)
+  step = jax.jit(chain_step if interface == 'chain' else drop_in_step)
   take = jax.jit(msam_optax.value_and_grad(mlp_loss, rho=0.1))
   params, scales = mlp_params(), [2.0**20]
   for _ in range(12):
@@ -177,16 +181,16 @@ def test_loss_scaling_trains_as_float32_does(door):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize('door', ['chain', 'drop-in'])
-def test_a_probe_that_overflows_is_skipped_and_the_scale_backs_off(door):
+@pytest.mark.parametrize('interface', ['chain', 'drop-in'])
+def test_a_probe_that_overflows_is_skipped_and_the_scale_backs_off(interface):
   """8192 exp(2) is a number of float16, and 8192 exp(2.5), at the probe, is not."""
   params = {'w': jnp.array([2.0])}
   scale = DynamicScale(scale=8192.0)
   assert scale.value_and_grad(exponential)(params['w']).finite
-  state = make_state(door, msam_optax.sam(0.5), params)
-  step = {'chain': chain_step, 'drop-in': drop_in_step}[door]
+  state = make_state(interface, msam_optax.sam(0.5), params)
+  step = {'chain': chain_step, 'drop-in': drop_in_step}[interface]
   options = {'loss': lambda params, _: exponential(params['w'])}
-  if door == 'drop-in':
+  if interface == 'drop-in':
     options |= {'metric': msam_optax.euclidean(), 'rho': 0.5}
   state, scale, _ = step(state, scale, None, **options)
   np.testing.assert_array_equal(state.params['w'], params['w'])

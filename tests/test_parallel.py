@@ -82,18 +82,18 @@ def drop_in(method, loss=loss, **options):
   return methods.drop_in(method, loss, **options)
 
 
-DOORS = {
+INTERFACES = {
   'chain': chain,
   'drop-in': drop_in,
   'compiled once': functools.partial(drop_in, compile_once=True),
 }
 # Two copies of the gradient are in test_shards, and here in a slow run.
-every_door = pytest.mark.parametrize(
-  'door', cases(DOORS, plain=lambda door: door != 'drop-in')
+every_interface = pytest.mark.parametrize(
+  'interface', cases(INTERFACES, plain=lambda interface: interface != 'drop-in')
 )
-every_method_and_door = pytest.mark.parametrize(
-  ('method', 'door'),
-  cases(DEFAULT, DOORS, plain=lambda method, door: door != 'drop-in')
+every_method_and_interface = pytest.mark.parametrize(
+  ('method', 'interface'),
+  cases(DEFAULT, INTERFACES, plain=lambda method, interface: interface != 'drop-in')
   + cases(OTHERS, ('chain', 'compiled once'), plain=is_default),
 )
 
@@ -133,18 +133,18 @@ def vary(params, axis='i'):
 
 
 @both_syncs
-@every_method_and_door
+@every_method_and_interface
 @pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
-def test_shard_map(check_vma, method, door, sync):
-  step = DOORS[door](method, axis_name='i', sync_ascent=sync)
+def test_shard_map(check_vma, method, interface, sync):
+  step = INTERFACES[interface](method, axis_name='i', sync_ascent=sync)
   assert_close(mapped(step, check_vma), expected(method, parts=PARTS, synced=sync)[1])
 
 
 @both_syncs
-@every_method_and_door
+@every_method_and_interface
 @pytest.mark.filterwarnings('ignore:.*pmap.*')
-def test_pmap(method, door, sync):
-  step = DOORS[door](method, axis_name='i', sync_ascent=sync)
+def test_pmap(method, interface, sync):
+  step = INTERFACES[interface](method, axis_name='i', sync_ascent=sync)
   data = jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), make_data())
   values, grads = jax.pmap(step, axis_name='i', in_axes=(None, 0))(make_params(), data)
   value, want = expected(method, parts=PARTS, synced=sync)
@@ -174,11 +174,11 @@ def place(layout, axis_types=None):
   return params, tuple(put(x, data_spec) for x in make_data()), on
 
 
-@every_method_and_door
+@every_method_and_interface
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_jit_with_sharded_arrays(layout, method, door):
+def test_jit_with_sharded_arrays(layout, method, interface):
   params, data, _ = place(layout)
-  value, grads = jax.jit(DOORS[door](method))(params, data)
+  value, grads = jax.jit(INTERFACES[interface](method))(params, data)
   want_value, want = expected(method)
   assert_close(grads, want)
   np.testing.assert_allclose(value, want_value, rtol=1e-6)
@@ -198,12 +198,12 @@ def place_explicitly(layout):
 
 
 @has_explicit_sharding
-@every_door
-def test_jit_with_explicit_sharding(door):
+@every_interface
+def test_jit_with_explicit_sharding(interface):
   """Where shardings are part of the types, the gradient has that of its parameter."""
   params, data, gathered, on = place_explicitly('fully-sharded')
   with jax.set_mesh(on):
-    _, grads = jax.jit(DOORS[door]('msam', gathered))(params, data)
+    _, grads = jax.jit(INTERFACES[interface]('msam', gathered))(params, data)
   assert_close(grads, expected('msam')[1])
   jax.tree.map(lambda g, w: chex.assert_equal(g.sharding, w.sharding), grads, params)
 
@@ -215,14 +215,14 @@ TENSOR_PARALLEL = {
 
 
 @both_syncs
-@every_method_and_door
-def test_shard_map_with_sharded_parameters(method, door, sync):
+@every_method_and_interface
+def test_shard_map_with_sharded_parameters(method, interface, sync):
   """Data over one axis, the hidden layer over another, one leaf on every device.
 
   ``shard_map`` is checked: only so are gradients through a sum over devices right.
   """
   add_up = functools.partial(jax.lax.psum, axis_name='model')
-  step = DOORS[door](
+  step = INTERFACES[interface](
     method,
     functools.partial(loss, add_up=add_up),
     axis_name='data',
@@ -238,9 +238,9 @@ def test_shard_map_with_sharded_parameters(method, door, sync):
   assert_close(grads, expected(method, parts=4, synced=sync)[1])
 
 
-@every_method_and_door
+@every_method_and_interface
 @pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
-def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, door):
+def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, interface):
   """The gradient of a gathered parameter comes back as the sum, scattered."""
   specs = {layer: {'kernel': P(None, 'i'), 'bias': P('i')} for layer in make_params()}
 
@@ -250,7 +250,7 @@ def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, door
     )
     return loss(whole, data) / PARTS
 
-  step = DOORS[door](method, gathered, param_specs=specs)
+  step = INTERFACES[interface](method, gathered, param_specs=specs)
   grads = on_devices(
     lambda params, data: step(params, data)[1],
     mesh=mesh(i=PARTS),
@@ -264,8 +264,8 @@ def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, door
 @pytest.mark.skipif(
   not hasattr(jax, 'shard_map'), reason='this JAX maps all axes or none'
 )
-@every_door
-def test_one_ascent_a_pod_with_parameters_sharded_inside_it(door):
+@every_interface
+def test_one_ascent_a_pod_with_parameters_sharded_inside_it(interface):
   """Mapped over the pods only: how it lies on their chips is left to the compiler."""
   on = mesh(pod=2, chip=4)
   put = lambda x, spec: jax.device_put(x, NamedSharding(on, spec))
@@ -274,7 +274,7 @@ def test_one_ascent_a_pod_with_parameters_sharded_inside_it(door):
   }
   params = jax.tree.map(put, make_params(), specs)
   data = tuple(put(x, P(('pod', 'chip'))) for x in make_data())
-  step = DOORS[door]('msam', axis_name='pod')
+  step = INTERFACES[interface]('msam', axis_name='pod')
   grads = on_devices(
     lambda params, data: step(vary(params, 'pod'), data)[1],
     mesh=on,
@@ -328,9 +328,9 @@ def test_one_bad_entry_on_one_device_is_seen_on_all(explicit, bad):
   assert slope == 0
 
 
-@every_door
-def test_gradients_that_are_summed_already_are_refused(door):
-  step = DOORS[door]('msam', axis_name='i')
+@every_interface
+def test_gradients_that_are_summed_already_are_refused(interface):
+  step = INTERFACES[interface]('msam', axis_name='i')
   message = r"summed over 'i' already.*(pcast|pvary)\(params, 'i'"
   with pytest.raises(ValueError, match=message):
     mapped(step, check_vma=True, cast=False)
@@ -347,16 +347,16 @@ def test_gradients_some_of_which_are_summed_already_are_refused():
     mapped(cast_half, check_vma=True, cast=False)
 
 
-@every_door
-def test_a_missing_axis_name_is_seen_by_a_checked_shard_map(door):
+@every_interface
+def test_a_missing_axis_name_is_seen_by_a_checked_shard_map(interface):
   with pytest.raises(ValueError, match='out_specs'):
-    mapped(DOORS[door]('msam'), check_vma=True)
+    mapped(INTERFACES[interface]('msam'), check_vma=True)
 
 
-@every_door
-def test_a_missing_axis_name_leaves_devices_different_if_unchecked(door):
+@every_interface
+def test_a_missing_axis_name_leaves_devices_different_if_unchecked(interface):
   """The symptom that the README names; nothing can see it here."""
-  grads = mapped(DOORS[door]('msam'), check_vma=False, out_spec=P('i'))
+  grads = mapped(INTERFACES[interface]('msam'), check_vma=False, out_spec=P('i'))
   first, second, *_ = np.split(np.asarray(grads['out']['bias']), PARTS)
   assert np.abs(first - second).max() > 1e-3
 
@@ -372,11 +372,11 @@ def test_an_axis_that_a_leaf_is_not_sharded_over_is_refused():
     )(make_params(), make_data())
 
 
-def tensor_parallel(door, param_specs, *, metric=None):
+def tensor_parallel(interface, param_specs, *, metric=None):
   """Tensor parallelism, with specs that may be wrong."""
   add_up = functools.partial(jax.lax.psum, axis_name='model')
   if metric is None:
-    step = DOORS[door](
+    step = INTERFACES[interface](
       'msam', functools.partial(loss, add_up=add_up), param_specs=param_specs
     )
   else:
@@ -391,19 +391,19 @@ def tensor_parallel(door, param_specs, *, metric=None):
   )(make_params(), make_data())
 
 
-@every_door
-def test_sharded_parameters_without_specs_are_seen_by_a_leaf_that_is_whole(door):
+@every_interface
+def test_sharded_parameters_without_specs_are_seen_by_a_leaf_that_is_whole(interface):
   with pytest.raises(
     ValueError, match=r"'model' at \['out'\]\['bias'\].*`param_specs`"
   ):
-    tensor_parallel(door, None)
+    tensor_parallel(interface, None)
 
 
-@every_door
-def test_a_leaf_that_is_missing_in_the_specs_is_named(door):
+@every_interface
+def test_a_leaf_that_is_missing_in_the_specs_is_named(interface):
   specs = {**TENSOR_PARALLEL, 'hidden': {'kernel': P(None, 'model'), 'bias': P()}}
   with pytest.raises(ValueError, match=r"leaf at \['hidden'\]\['bias'\] is not, but"):
-    tensor_parallel(door, specs)
+    tensor_parallel(interface, specs)
 
 
 def test_a_metric_that_knows_no_space_is_told_so():
@@ -413,18 +413,18 @@ def test_a_metric_that_knows_no_space_is_told_so():
     tensor_parallel('drop-in', TENSOR_PARALLEL, metric=metric)
 
 
-@every_door
+@every_interface
 @pytest.mark.parametrize('name', ['axis_name', 'param_specs'])
-def test_an_axis_that_nothing_is_mapped_over_is_named(name, door):
+def test_an_axis_that_nothing_is_mapped_over_is_named(name, interface):
   given = {'axis_name': 'i', 'param_specs': P('i')}
   with pytest.raises(ValueError, match=f"`{name}` names the axis 'i', but nothing is"):
-    DOORS[door]('msam', **{name: given[name]})(make_params(), make_data())
+    INTERFACES[interface]('msam', **{name: given[name]})(make_params(), make_data())
 
 
-@every_door
-def test_an_axis_name_that_is_no_name_is_refused(door):
+@every_interface
+def test_an_axis_name_that_is_no_name_is_refused(interface):
   with pytest.raises(TypeError, match='or a tuple of names'):
-    DOORS[door]('msam', axis_name=['i'])
+    INTERFACES[interface]('msam', axis_name=['i'])
 
 
 @pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
@@ -487,9 +487,9 @@ def test_a_frozen_leaf_may_lie_as_it_likes():
 
 
 @has_explicit_sharding
-@every_door
+@every_interface
 @both_syncs
-def test_one_ascent_a_pod_where_shardings_inside_it_are_types(sync, door):
+def test_one_ascent_a_pod_where_shardings_inside_it_are_types(sync, interface):
   types = (jax.sharding.AxisType.Explicit,) * 2
   devices = np.array(jax.devices()[:4]).reshape(2, 2)
   on = jax.sharding.Mesh(devices, ('pod', 'chip'), axis_types=types)
@@ -500,7 +500,7 @@ def test_one_ascent_a_pod_where_shardings_inside_it_are_types(sync, door):
   params = jax.tree.map(put, make_params(), specs)
   data = tuple(put(x, P(('pod', 'chip'))) for x in make_data())
   whole = lambda w: jax.sharding.reshard(w, P())
-  step = DOORS[door](
+  step = INTERFACES[interface](
     'msam',
     lambda p, data: loss(jax.tree.map(whole, p), data),
     axis_name='pod',
@@ -543,10 +543,10 @@ def test_specs_that_do_not_fit_are_refused(specs, error, match):
     chain('msam', param_specs=specs)(make_params(), make_data())
 
 
-@every_door
+@every_interface
 @pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
-def test_an_axis_of_parameters_cannot_be_averaged_over(check_vma, door):
-  step = DOORS[door]('msam', axis_name='i', param_specs=P('i'))
+def test_an_axis_of_parameters_cannot_be_averaged_over(check_vma, interface):
+  step = INTERFACES[interface]('msam', axis_name='i', param_specs=P('i'))
   with pytest.raises(ValueError, match="sharded over 'i' by `param_specs` cannot be"):
     mapped(step, check_vma)
 

@@ -217,19 +217,19 @@ BATCH_NORM = {'chain': batch_norm_chain, 'drop-in': batch_norm_drop_in}
 
 
 @pytest.mark.parametrize(
-  ('method', 'door', 'mode'),
+  ('method', 'interface', 'mode'),
   cases(METHODS, BATCH_NORM, ['batch'], plain=is_default)
   # Here the statistics are in the output of the layer, so of both passes.
   + cases(['msam'], ['chain'], ['ema']),
 )
-def test_batch_norm_moves_once_by_the_clean_pass(method, door, mode):
+def test_batch_norm_moves_once_by_the_clean_pass(method, interface, mode):
   model, state = make_batch_norm_net(mode)
   params, static = eqx.partition(model, eqx.is_inexact_array)
   take = lambda params, state, batch: BATCH_NORM_GRAD(
     eqx.combine(params, static), state, *batch
   )
   expected, statistics = train(method, take, params, state, BATCHES, sgd(0.1, 0.9))
-  tx, make_step = BATCH_NORM[door](method)
+  tx, make_step = BATCH_NORM[interface](method)
   opt_state = tx.init(params)
   for x, y in BATCHES:
     model, state, opt_state = make_step(model, state, opt_state, x, y)

@@ -153,9 +153,9 @@ def drop_in(method):
   return optimizer, update
 
 
-@pytest.mark.parametrize('door', [chain, drop_in])
+@pytest.mark.parametrize('interface', [chain, drop_in])
 @every_method_slowly
-def test_batch_norm_moves_once_by_the_clean_pass(method, door):
+def test_batch_norm_moves_once_by_the_clean_pass(method, interface):
   params, state = init_batch_norm()
   expected, statistics = train(
     method,
@@ -166,7 +166,7 @@ def test_batch_norm_moves_once_by_the_clean_pass(method, door):
     sgd(0.1, 0.9),
     is_weight=LINEAR_WEIGHTS,
   )
-  optimizer, update = door(method)
+  optimizer, update = interface(method)
   opt_state = optimizer.init(params)
   for x, y in zip(X, Y, strict=True):
     params, state, opt_state = update(params, state, opt_state, x, y)

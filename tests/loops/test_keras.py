@@ -167,11 +167,11 @@ def test_fit_logs_the_clean_loss():
   close(logs['mae'][0], np.mean(np.abs(out - y)))
 
 
-@pytest.mark.parametrize('door', ['chain', 'drop-in'])
+@pytest.mark.parametrize('interface', ['chain', 'drop-in'])
 @every_method_slowly
-def test_optax_in_a_plain_loop(method, door):
+def test_optax_in_a_plain_loop(method, interface):
   model = make_model()
-  head = [transformation(method)] if door == 'chain' else []
+  head = [transformation(method)] if interface == 'chain' else []
   tx = optax.chain(*head, optax.adam(0.01, eps=EPS))
 
   def loss_fn(trainable, non_trainable, x, y):
@@ -181,7 +181,7 @@ def test_optax_in_a_plain_loop(method, door):
   @jax.jit
   def train_step(trainable, non_trainable, opt_state, x, y):
     take = lambda params: jax.grad(loss_fn, has_aux=True)(params, non_trainable, x, y)
-    if door == 'chain':
+    if interface == 'chain':
       grads, new = take(trainable)
       extra = {'grad_fn': lambda params: take(params)[0]}
     else:

@@ -175,16 +175,16 @@ def test_mask_drop_in(method):
   check(run(step, PARAMS, tx.init(PARAMS)), method, masked_by_hand)
 
 
-@pytest.mark.parametrize('door', ['chain', 'drop-in'])
+@pytest.mark.parametrize('interface', ['chain', 'drop-in'])
 @every_method_slowly
-def test_gradient_of_the_factors_alone(method, door):
+def test_gradient_of_the_factors_alone(method, interface):
   """The optimizer never sees the base: what most code for adapters does."""
   factors, base = split(PARAMS)
-  head = [transformation(method)] if door == 'chain' else []
+  head = [transformation(method)] if interface == 'chain' else []
   tx = optax.chain(*head, optax.adam(0.01, eps=EPS))
 
   def step(factors, opt_state, x, y):
-    if door == 'chain':
+    if interface == 'chain':
       grad_fn = lambda factors: jax.grad(joined_loss)(factors, base, x, y)
       grads, extra = grad_fn(factors), {'grad_fn': grad_fn}
     else:

@@ -29,20 +29,20 @@ PARAMS = {
   'out': {'kernel': normal(5, 5, 2), 'bias': 0.1 * normal(6, 2)},
 }
 GRAD = jax.jit(jax.grad(loss))
-DOORS = pytest.mark.parametrize('door', ['chain', 'drop-in'])
+INTERFACES = pytest.mark.parametrize('interface', ['chain', 'drop-in'])
 
 
 def close(tree, expected):
   chex.assert_trees_all_close(tree, expected, rtol=1e-5, atol=2e-6)
 
 
-def take_step(method, door, optimizer, loss_fn=loss):
-  """The notebooks' ``step``, through either door."""
+def take_step(method, interface, optimizer, loss_fn=loss):
+  """The notebooks' ``step``, through either interface."""
 
   @jax.jit
   def step(params, opt_state, batch):
     extra = {}
-    if door == 'chain':
+    if interface == 'chain':
       value, grads = jax.value_and_grad(loss_fn)(params, batch)
       extra['grad_fn'] = lambda params: jax.grad(loss_fn)(params, batch)
     else:
@@ -53,8 +53,8 @@ def take_step(method, door, optimizer, loss_fn=loss):
   return step
 
 
-def head(method, door):
-  return [transformation(method)] if door == 'chain' else []
+def head(method, interface):
+  return [transformation(method)] if interface == 'chain' else []
 
 
 def update_by_hand(method, params, batch, rho=None):
@@ -78,12 +78,12 @@ def trajectory_by_hand(method, optimizer):
   return trajectory[1:]
 
 
-@DOORS
+@INTERFACES
 @every_method_slowly
-def test_fit_and_average_parameters(method, door):
+def test_fit_and_average_parameters(method, interface):
   """``fit`` of Optax's first notebook, with a moving average by either function."""
-  optimizer = optax.chain(*head(method, door), optax.adam(0.01, eps=EPS))
-  step = take_step(method, door, optimizer)
+  optimizer = optax.chain(*head(method, interface), optax.adam(0.01, eps=EPS))
+  step = take_step(method, interface, optimizer)
   average = optax.ema(0.9)
 
   @jax.jit
@@ -157,9 +157,9 @@ def test_off_its_turn_no_second_gradient_is_taken():
   assert seen == [1, 1, 2, 2]
 
 
-@DOORS
+@INTERFACES
 @every_method_slowly
-def test_steps_that_are_not_finite_are_rejected(method, door):
+def test_steps_that_are_not_finite_are_rejected(method, interface):
   """The second batch has a probe beyond an edge up to which the loss is defined."""
 
   def bounded(w, x):
@@ -169,9 +169,9 @@ def test_steps_that_are_not_finite_are_rejected(method, door):
   xs = np.array([1.0, 1.6, 1.0, 1.0], np.float32)
   inner = optax.sgd(0.01, momentum=0.9)
   optimizer = optax.chain(
-    *head(method, door), optax.apply_if_finite(inner, max_consecutive_errors=5)
+    *head(method, interface), optax.apply_if_finite(inner, max_consecutive_errors=5)
   )
-  step = take_step(method, door, optimizer, bounded)
+  step = take_step(method, interface, optimizer, bounded)
   assert np.all(np.isfinite(jax.grad(bounded)(w, xs[1])))
 
   params, opt_state, rejected = w, optimizer.init(w), []

@@ -202,10 +202,10 @@ def by_hand(method, seed):
   return params
 
 
-@pytest.mark.parametrize('door', [linen_state, plain_optax, drop_in])
+@pytest.mark.parametrize('interface', [linen_state, plain_optax, drop_in])
 @every_method_slowly
-def test_is_training_by_hand_of_each_seed(method, door):
-  create, take_step = door(method)
+def test_is_training_by_hand_of_each_seed(method, interface):
+  create, take_step = interface(method)
   run = jax.jit(jax.vmap(lambda *seed: run_seed(*seed, create, take_step)))
   params, losses = run(*prepared())
   assert losses.shape == (SEEDS, EPOCHS, MINIBATCHES)

@@ -80,27 +80,27 @@ def check(stacked, expected):
     chex.assert_trees_all_close(own, tree, rtol=1e-5, atol=2e-6)
 
 
-DOORS = pytest.mark.parametrize('door', [chain, drop_in])
+INTERFACES = pytest.mark.parametrize('interface', [chain, drop_in])
 
 
-@DOORS
+@INTERFACES
 @every_method_slowly
-def test_over_rho(method, door):
-  run = jax.jit(jax.vmap(lambda rho: door(method, init(0), rho)))
+def test_over_rho(method, interface):
+  run = jax.jit(jax.vmap(lambda rho: interface(method, init(0), rho)))
   check(run(RHOS), [run_by_hand(method, 0, float(rho)) for rho in RHOS])
 
 
-@DOORS
-def test_over_alpha(door):
-  run = jax.jit(jax.vmap(lambda alpha: door(monge_sam(alpha), init(0), 0.3)))
+@INTERFACES
+def test_over_alpha(interface):
+  run = jax.jit(jax.vmap(lambda alpha: interface(monge_sam(alpha), init(0), 0.3)))
   check(run(ALPHAS), [run_by_hand(monge_sam(alpha), 0, 0.3) for alpha in ALPHAS])
 
 
-@DOORS
-def test_over_seeds(door):
+@INTERFACES
+def test_over_seeds(interface):
   """Each has a norm of its own: nothing is summed over the mapped axis."""
   params = jax.tree.map(lambda *xs: np.stack(xs), *map(init, range(SWEEP)))
-  run = jax.jit(jax.vmap(lambda params: door('msam', params, 0.3)))
+  run = jax.jit(jax.vmap(lambda params: interface('msam', params, 0.3)))
   check(run(params), [run_by_hand('msam', seed, 0.3) for seed in range(SWEEP)])
 
 

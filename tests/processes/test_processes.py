@@ -31,20 +31,20 @@ def trained(request, tmp_path_factory):
 
 
 def test_processes_equal_one_device(trained):
-  """Every method, set-up and door: the params, and the slope that the state records.
+  """Every method, set-up and interface: the params, and the slope in the state.
 
   One test, since several workers would each train anew.
   """
   _, _, arrays = trained
-  for method, door, setup in training.RUNS:
-    name = f'{method}-{door}-{setup}'
+  for method, interface, setup in training.RUNS:
+    name = f'{method}-{interface}-{setup}'
     params, slope = train_by_hand(method, **BY_HAND[setup])
     for path, expected in jax.tree_util.tree_leaves_with_path(params):
       key = jax.tree_util.keystr(path, simple=True, separator='/')
       np.testing.assert_allclose(
         arrays[f'{name}/0/{key}'], expected, rtol=1e-6, atol=1e-6, err_msg=name
       )
-    if door == 'chain':
+    if interface == 'chain':
       np.testing.assert_allclose(
         arrays[f'{name}/1/0/slope'], slope, rtol=1e-6, err_msg=name
       )

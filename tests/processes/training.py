@@ -37,7 +37,7 @@ from tests.processes.problem import STEPS
 
 HALF = STEPS // 2
 
-DOORS = ('chain', 'drop_in')
+INTERFACES = ('chain', 'drop_in')
 
 # How the params lie on the devices, and what a mapped step is told about its axis.
 SETUPS: dict[str, tuple[bool, dict[str, Any] | None]] = {
@@ -52,29 +52,29 @@ COMPILE_FAST = {'xla_backend_optimization_level': 0}
 # The default method in all ways, and the others where they can differ from it: whether
 # norms are those of the whole, and what is averaged.
 RUNS = [
-  *itertools.product(DEFAULT, DOORS, SETUPS),
+  *itertools.product(DEFAULT, INTERFACES, SETUPS),
   *itertools.product(OTHERS, ('chain',), ('fully_sharded', 'mapped')),
   *itertools.product(OTHERS, ('drop_in',), ('mapped_synced',)),
 ]
 
 
-def make_step(method: str, door: str, mapped: dict[str, Any] | None) -> Any:
+def make_step(method: str, interface: str, mapped: dict[str, Any] | None) -> Any:
   """The optimizer, and ``(params, state, step, data) -> (params, state)``.
 
   Args:
     method: a key of ``METHODS``.
-    door: one of ``DOORS``.
+    interface: one of ``INTERFACES``.
     mapped: the arguments for a step under ``shard_map``, None under ``jit`` alone.
   """
   tx = optax.sgd(LEARNING_RATE, MOMENTUM)
   options = mapped or {}
-  if door == 'chain':
+  if interface == 'chain':
     tx = optax.chain(transformation(method, rho_at(method), **options), tx)
 
   def train_step(params, state, step, data):
     # Its gradient would be the sum over the axis already, were it not cast.
     w = params if mapped is None else _vary(params)
-    if door == 'chain':
+    if interface == 'chain':
       grad_fn = lambda w: jax.grad(loss)(w, data)
       updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
     else:
@@ -85,10 +85,12 @@ def make_step(method: str, door: str, mapped: dict[str, Any] | None) -> Any:
   return tx, train_step
 
 
-def make_run(mesh: Any, method: str, door: str, setup: str) -> tuple[Any, Callable]:
+def make_run(
+  mesh: Any, method: str, interface: str, setup: str
+) -> tuple[Any, Callable]:
   """Params and state before the first step, on all devices, and the compiled step."""
   sharded, mapped = SETUPS[setup]
-  tx, train_step = make_step(method, door, mapped)
+  tx, train_step = make_step(method, interface, mapped)
   if mapped is not None:
     train_step = jax.shard_map(
       train_step, mesh=mesh, in_specs=(P(), P(), P(), P('i')), out_specs=P()
