@@ -19,7 +19,7 @@ from msam_optax import flax_nnx
 from msam_optax import msam
 from tests import by_hand
 from tests import methods
-from tests import test_parallel
+from tests.devices import test_parallel
 from tests.methods import every_method_slowly
 from tests.methods import transformation
 

@@ -18,10 +18,10 @@ import pytest
 import msam_optax
 from tests import by_hand
 from tests import methods
+from tests.devices.test_parallel import mesh
+from tests.devices.test_parallel import on_devices
+from tests.devices.test_parallel import vary
 from tests.methods import every_method_slowly
-from tests.test_parallel import mesh
-from tests.test_parallel import on_devices
-from tests.test_parallel import vary
 
 ALPHA, RHO = 2.0, 0.3
 METHOD = methods.monge_sam(ALPHA)._replace(rho=RHO)

@@ -13,19 +13,19 @@ import pytest
 from benchmarks import hlo
 import msam_optax
 from tests import by_hand
+from tests.devices.test_parallel import assert_close
+from tests.devices.test_parallel import drop_in
+from tests.devices.test_parallel import expected
+from tests.devices.test_parallel import has_explicit_sharding
+from tests.devices.test_parallel import loss
+from tests.devices.test_parallel import make_data
+from tests.devices.test_parallel import make_params
+from tests.devices.test_parallel import mapped
+from tests.devices.test_parallel import place
+from tests.devices.test_parallel import place_explicitly
 from tests.methods import every_method
 from tests.methods import every_method_slowly
 from tests.methods import METHODS
-from tests.test_parallel import assert_close
-from tests.test_parallel import drop_in
-from tests.test_parallel import expected
-from tests.test_parallel import has_explicit_sharding
-from tests.test_parallel import loss
-from tests.test_parallel import make_data
-from tests.test_parallel import make_params
-from tests.test_parallel import mapped
-from tests.test_parallel import place
-from tests.test_parallel import place_explicitly
 
 both_syncs = pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
 both_ways = pytest.mark.parametrize('vectorize', [False, True], ids=['scan', 'vmap'])

@@ -21,6 +21,11 @@ from msam_optax import monge
 from msam_optax import msam
 from msam_optax import sharpness_aware
 from msam_optax import spectral
+from tests.devices.test_parallel import has_explicit_sharding
+from tests.devices.test_parallel import mesh
+from tests.devices.test_parallel import NamedSharding
+from tests.devices.test_parallel import on_devices
+from tests.devices.test_parallel import P
 from tests.test_metrics import asam
 from tests.test_metrics import ascend
 from tests.test_metrics import fisher
@@ -28,11 +33,6 @@ from tests.test_metrics import flat
 from tests.test_metrics import identity
 from tests.test_metrics import MATRICES
 from tests.test_metrics import random_tree
-from tests.test_parallel import has_explicit_sharding
-from tests.test_parallel import mesh
-from tests.test_parallel import NamedSharding
-from tests.test_parallel import on_devices
-from tests.test_parallel import P
 
 BASES = {
   'euclidean': euclidean(),

@@ -10,10 +10,10 @@ import jax
 import optax
 import pytest
 
-from tests.conformance.optimizers import OPTIMIZERS
-from tests.conformance.targets import TARGETS
-from tests.conformance.training import make_step
-from tests.conformance.training import SOME_OPTIMIZERS
+from tests.contracts.optimizers import OPTIMIZERS
+from tests.contracts.targets import TARGETS
+from tests.contracts.training import make_step
+from tests.contracts.training import SOME_OPTIMIZERS
 from tests.methods import cases
 from tests.methods import DEFAULT
 from tests.methods import is_default

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 
-from tests.processes import training
+from tests.devices.processes import training
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 TIMEOUT = 600  # seconds: what takes twenty may take minutes on a busy machine
 ATTEMPTS = 3
 

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from tests.devices.processes import launch
+from tests.devices.processes import training
+from tests.devices.processes.problem import SHARDS
+from tests.devices.processes.problem import train_by_hand
 from tests.methods import METHODS
-from tests.processes import launch
-from tests.processes import training
-from tests.processes.problem import SHARDS
-from tests.processes.problem import train_by_hand
 
 # How each set-up cuts a batch, and whether all go up the same gradient: under `jit`
 # the batch is one, wherever its rows lie.

@@ -9,8 +9,8 @@ import optax.contrib
 import pytest
 
 import msam_optax
-from tests.conformance.optimizers import EXCLUDED
-from tests.conformance.optimizers import OPTIMIZERS
+from tests.contracts.optimizers import EXCLUDED
+from tests.contracts.optimizers import OPTIMIZERS
 from tests.methods import METHODS
 
 # The first parameter of an optimizer, or of what is wrapped around one.

@@ -9,8 +9,8 @@ import chex
 from flax import serialization
 import pytest
 
-from tests.conformance import resumable
-from tests.conformance.resumable import TRANSFORMATIONS
+from tests.contracts import resumable
+from tests.contracts.resumable import TRANSFORMATIONS
 from tests.methods import cases
 
 pytestmark = pytest.mark.standard_promotion

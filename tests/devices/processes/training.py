@@ -1,9 +1,11 @@
 """One process of several that train together, as a program of its own.
 
-``python -m tests.processes.training <rank> <count> <port> <directory> <action>``, once
-for each rank. ``train`` takes all steps and ``resume`` the second half of them, from
-what ``half`` has saved; they write the end to ``<action>.npz``. ``half`` then waits to
-be killed. With ``meet`` they only join each other, and with ``fail`` the last does not.
+    python -m tests.devices.processes.training RANK COUNT PORT DIRECTORY ACTION
+
+once for each rank. ``train`` takes all steps and ``resume`` the second half of them,
+from what ``half`` has saved; they write the end to ``ACTION.npz``. ``half`` then waits
+to be killed. With ``meet`` they only join each other, and with ``fail`` the last does
+not.
 """
 
 from collections.abc import Callable
@@ -22,18 +24,18 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from tests.devices.processes.problem import batch
+from tests.devices.processes.problem import init
+from tests.devices.processes.problem import LEARNING_RATE
+from tests.devices.processes.problem import loss
+from tests.devices.processes.problem import MOMENTUM
+from tests.devices.processes.problem import rho_at
+from tests.devices.processes.problem import SHARDS
+from tests.devices.processes.problem import STEPS
 from tests.methods import DEFAULT
 from tests.methods import drop_in
 from tests.methods import OTHERS
 from tests.methods import transformation
-from tests.processes.problem import batch
-from tests.processes.problem import init
-from tests.processes.problem import LEARNING_RATE
-from tests.processes.problem import loss
-from tests.processes.problem import MOMENTUM
-from tests.processes.problem import rho_at
-from tests.processes.problem import SHARDS
-from tests.processes.problem import STEPS
 
 HALF = STEPS // 2
 

@@ -1,6 +1,6 @@
 """A training that is killed and resumed, as a program of its own.
 
-``python -m tests.conformance.resumable <name> <directory> kill`` trains half of the
+``python -m tests.contracts.resumable <name> <directory> kill`` trains half of the
 steps, saves, and is killed; ``… resume`` goes on from there in another process and
 saves the end.
 """

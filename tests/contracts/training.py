@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import optax
 
-from tests.conformance.optimizers import Optimizer
-from tests.conformance.optimizers import OPTIMIZERS
-from tests.conformance.targets import Target
+from tests.contracts.optimizers import Optimizer
+from tests.contracts.optimizers import OPTIMIZERS
+from tests.contracts.targets import Target
 
 # Methods differ in metric and combination, and not in what an optimizer sees: the
 # default one goes before all optimizers, and the others before every third.
