@@ -14,9 +14,6 @@ from msam_optax import flax_nnx
 from msam_optax import landscape
 from msam_optax import sharpness
 from msam_optax import testing
-from tests.problems import batch
-from tests.problems import loss
-from tests.problems import mlp_params
 
 FUNCTIONS = (
   {
@@ -108,22 +105,3 @@ def test_import_is_light():
     [sys.executable, '-c', check], capture_output=True, text=True, check=True
   )
   assert out.stdout.splitlines() == ['[] False', '[] False']
-
-
-def code_blocks():
-  return re.findall(r'```python\n(.*?)```', README.read_text(), re.S)
-
-
-@pytest.mark.standard_promotion
-def test_readme_code_runs_as_pasted(capsys):
-  """The blocks build on each other, as a reader takes them."""
-  data, start = [batch()] * 100, mlp_params()
-  namespace = {'loss_fn': loss, 'params': start, 'batches': data}
-  blocks = code_blocks()
-  assert len(blocks) == 6
-  for block in blocks:
-    exec(compile(block, 'README.md', 'exec'), namespace)
-  assert namespace['loss'] < 0.5 * loss(start, data[0])
-  assert namespace['nnx_loss'] < 0.8
-  assert namespace['state'].step == 1
-  assert 'rise' in capsys.readouterr().out
