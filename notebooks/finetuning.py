@@ -409,4 +409,4 @@ for name, (rho, alpha, score, result, tried) in chosen.items():
 #
 # This is one data set, a small model, SGD with one learning rate, and five seeds. Whether
 # Monge SAM's best is better than SAM's is another question, to which the answer here is
-# no; the README has larger comparisons.
+# no; `docs/paper.md` has larger comparisons.

@@ -182,5 +182,5 @@ print(f'training loss {loss:.3f}, test images {right.mean():.1%}')
 
 # %% [markdown]
 # For NNX models the drop-in is `flax_nnx.value_and_grad`, in the place of
-# `nnx.value_and_grad`. Next: the README says how to choose $\rho$ and $\alpha$, how it goes
+# `nnx.value_and_grad`. Next: the docs say how to choose $\rho$ and $\alpha$, how it goes
 # with clipping, accumulation and masks, and what is invariant about it.

@@ -355,7 +355,7 @@ def test_a_missing_axis_name_is_seen_by_a_checked_shard_map(interface):
 
 @every_interface
 def test_a_missing_axis_name_leaves_devices_different_if_unchecked(interface):
-  """The symptom that the README names; nothing can see it here."""
+  """The symptom that `docs/scale.md` names; nothing can see it here."""
   grads = mapped(INTERFACES[interface]('msam'), check_vma=False, out_spec=P('i'))
   first, second, *_ = np.split(np.asarray(grads['out']['bias']), PARTS)
   assert np.abs(first - second).max() > 1e-3
