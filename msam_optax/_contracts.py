@@ -53,7 +53,9 @@ def check_ascent(metric, grads, params, where, *, matrix, rtol, extra_args, kept
     )
   ascent, new_state = result
   with promise(f'The direction is like the gradients ({where}).'):
-    chex.assert_trees_all_equal_shapes_and_dtypes(ascent.direction, grads)
+    chex.assert_trees_all_equal_shapes(ascent.direction, grads)
+  with promise(f'The direction has no narrower dtypes than the gradients ({where}).'):
+    _assert_no_narrower(ascent.direction, grads)
   with promise(f'The slope is a scalar, float32 or wider ({where}).'):
     chex.assert_shape(ascent.slope, ())
     chex.assert_type(ascent.slope, _wide(grads))
@@ -304,6 +306,14 @@ def _check_replicas(combination, grads, state, result, where, rtol):
   ):
     (same, _), *_ = on_replicas(grads, grads)
     assert_close(same, result, rtol)
+  with promise(
+    'Replicas get what one device gets of the mean gradients: first `space.mean`, then'
+    ' a formula that is not linear.'
+  ):
+    mean = lambda *xs: jnp.mean(jnp.stack(xs), axis=0)
+    means = jax.tree.map(mean, grads, turned, far)
+    (update, _), _ = first
+    assert_close(update, combination.combine(means, state, spaces.LOCAL)[0], rtol)
 
 
 def _assert_no_narrower(update, grads):
@@ -313,7 +323,7 @@ def _assert_no_narrower(update, grads):
     floating = jnp.issubdtype(got, jnp.floating)
     _expect(
       floating and jnp.finfo(got).eps <= jnp.finfo(want).eps,
-      f'{_at(path)} the update is {got}, and the gradient {want}.',
+      f'{_at(path)} it is {got}, and the gradient {want}.',
     )
 
 

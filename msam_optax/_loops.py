@@ -31,13 +31,19 @@ def clean_pass(loss_fn: Callable[..., Any], argnums: Any, **options: Any) -> Pas
 
 
 def in_a_row(
-  clean: Passes, setting: _passes.Setting, *, argnums: Any, axis_name: Any
+  clean: Passes,
+  setting: _passes.Setting,
+  *,
+  space: spaces.Space,
+  argnums: Any,
+  axis_name: Any,
 ) -> Passes:
   """The clean pass, and a pass at each probe.
 
   Args:
     clean: the pass at the parameters.
     setting: what the method is.
+    space: what the metric gets.
     argnums: the position of the parameters, or positions.
     axis_name: the mapped axis over which the clean gradient is averaged, or None.
 
@@ -60,6 +66,7 @@ def in_a_row(
       evaluate,
       setting,
       metric_state=_passes.init_metric(setting, begin.params),
+      space=space,
       average=average,
     )
     return output, (begin.grads, *probes.grads)
@@ -71,6 +78,7 @@ def in_one_loop(
   clean: Passes,
   setting: _passes.Setting,
   *,
+  space: spaces.Space,
   argnums: Any,
   axis_name: Any,
   wide: bool,
@@ -83,12 +91,13 @@ def in_one_loop(
   Args:
     clean: the pass at the parameters.
     setting: what the method is.
+    space: what the metric gets.
     argnums: the position of the parameters, or positions.
     axis_name: the mapped axis over which all gradients are averaged, or None.
     wide: whether the gradients are float32 or wider, whatever the parameters are.
 
   Returns:
-    A function as that of :func:`in_a_row`.
+    A function like that of :func:`in_a_row`.
   """
   scales = (0.0, *setting.combination.scales)
 
@@ -111,6 +120,7 @@ def in_one_loop(
         evaluate,
         setting,
         metric_state=_passes.init_metric(setting, begin.params),
+        space=space,
         scales=(scale,),
         average=average,
       )

@@ -54,7 +54,8 @@ def by_name(*names: str) -> Callable[[Any], Any]:
     if missing := sorted(set(names) - found):
       raise ValueError(
         f'by_name{names}: nothing in the parameters is called {missing}. The names on'
-        f' their paths are {sorted(found)}.'
+        f' their paths are {sorted(found)}. (Under optax.inject_hyperparams a function'
+        ' is called with the step count, unless its argument is in `static_args`.)'
       )
     return jax.tree_util.tree_map_with_path(
       lambda path, _: not set(names).isdisjoint(path_names(path)), params
@@ -230,7 +231,7 @@ def fill(tree: Any, present: Any, params: Any) -> Any:
   leaves = iter(jax.tree.leaves(tree))
 
   def zeros(w):
-    if jnp.issubdtype(jnp.result_type(w), jnp.floating):
+    if _numerics.is_inexact(w):
       return jnp.zeros_like(w)  # In `shard_map` it varies as the parameter does.
     return jnp.zeros(jnp.shape(w), jnp.float32)
 

@@ -155,10 +155,10 @@ def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]
       where = _masks.at_path(path[1:])  # What comes before is positional, or keyword.
       raise ValueError(
         f'The data {where} has shape {x.shape}: its first axis cannot be split with'
-        f' the others, of length {length}, into {shards} equal shards. `shards` cuts'
-        ' every array in the arguments that hold the batch. What is no data, as class'
-        ' weights, model state or a raw random key (typed ones, `jax.random.key`, are'
-        ' scalars), belongs in another argument: name those of the batch in'
+        f' the others, of length {length}, into {shards} equal micro-batches. `shards`'
+        ' cuts every array in the arguments that hold the batch. What is no data, as'
+        ' class weights, model state or a raw random key (typed ones, `jax.random.key`,'
+        ' are scalars), belongs in another argument: name those of the batch in'
         ' `data_argnums` and `data_argnames`.'
       )
   arrays = [_cut(leaves[i][1], shards) for i in rows]
@@ -216,8 +216,8 @@ def _cut(x, shards):
   if rows % devices:
     raise ValueError(
       f'The {x.shape[0]} rows of a batch on {devices} devices cannot be cut into'
-      f' {shards} shards that are on all of them: a shard has {rows} rows, and must'
-      f' have a multiple of {devices}.'
+      f' {shards} micro-batches that are on all of them: a micro-batch has {rows} rows,'
+      f' and must have a multiple of {devices}.'
     )
   first, *others = sharding.spec
   sharding = sharding.update(spec=PartitionSpec(first, None, *others))

@@ -8,6 +8,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from msam_optax import _checks
@@ -113,6 +114,7 @@ def at_probes(
   setting: Setting,
   *,
   metric_state: Any,
+  space: spaces.Space,
   count: Any = None,
   scales: Sequence[Any] | None = None,
   average: Callable[[Any], Any] = lambda grads: grads,
@@ -125,6 +127,7 @@ def at_probes(
     evaluate: ``params -> (value or None, grads)``.
     setting: what the method is.
     metric_state: the metric's state.
+    space: how the gradients are spread over devices.
     count: int32 scalar, the steps so far, if ``rho`` is a schedule.
     scales: one scalar for each probe; by default those of the combination.
     average: ``grads -> grads``, what is done to gradients before the metric sees them.
@@ -135,7 +138,6 @@ def at_probes(
   """
   w, g, perturbed, present = begin
   rho = _hyperparameters.value_at('rho', setting.rho, count)
-  space = spaces.over(None, setting.param_specs)
 
   def probe_gradient(probe):
     value, grads = evaluate(probe)
@@ -164,6 +166,9 @@ def at_probes(
   def at_scale(scale):
     length = _numerics.widen(rho, like=w) * _numerics.widen(scale, like=w)
     probe = perturbation.perturb(w, ascent, length, mask=perturbed)
+    if isinstance(scale, jax.core.Tracer):
+      # 0 · NaN is NaN: the clean pass of a loop sees no hyperparameter and no metric.
+      probe = jax.tree.map(lambda x, p: jnp.where(scale == 0, x, p), w, probe)
     _devices.check_probe(probe, w, g)
     value, grads = probe_gradient(probe)
     radius = perturbation.distance(
@@ -202,7 +207,15 @@ def combine(
   """
   has_gradient = _masks.trained(params)
   real = tuple(_masks.restrict_to_real(g, has_gradient) for g in grads)
-  result = setting.combination.combine(real, state, space)
+  try:
+    result = setting.combination.combine(real, state, space)
+  except Exception as error:
+    if len(real) == 1:
+      error.add_note(
+        'This came from the `combine` of a Combination, which is called with `(g,)`'
+        ' alone in a step that is not `due`.'
+      )
+    raise
   if not isinstance(result, tuple) or len(result) != 2:
     raise TypeError(
       'The `combine` of a Combination must return `(update, state)`, not a'

@@ -45,7 +45,8 @@ def value_and_grad(
 
   Args:
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
-    metric: what uphill means; one without state, e.g. ``monge(alpha=1.0)``.
+    metric: how the length of a perturbation is measured; one without state, e.g.
+      ``monge(alpha=1.0)``.
     rho: ``ρ``, the radius, scalar >= 0, a number or an array.
     combination: what is made of the gradients, see :func:`sharpness_aware`; one without
       state, e.g. ``surrogate_gap(0.6)``.

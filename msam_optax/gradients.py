@@ -118,8 +118,7 @@ def value_and_grad(
       the program holds one copy of the gradient: less to compile, less code, and no
       second copy for an automatic partitioner to shard worse. Meant for large models
       on accelerators; convolutions in a loop are many times slower on the CPU. The
-      clean pass also gets the parameters in ``perturbation_dtype`` then, and a metric
-      of your own must return a zero direction for a zero gradient.
+      clean pass also gets the parameters in ``perturbation_dtype`` then.
 
   Returns:
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
@@ -202,11 +201,18 @@ def value_and_grad(
   setting = _passes.Setting(
     metric, rho, combination, mask, param_specs, perturbation_dtype
   )
-  all_passes = functools.partial(_loops.in_a_row, setting=setting, argnums=argnums)
+  is_mean = sync_ascent or (axis_name, shards) == (None, None)
+  metric_space = spaces.over if is_mean else spaces.without_mean
+  all_passes = functools.partial(
+    _loops.in_a_row,
+    setting=setting,
+    space=metric_space(param_specs=param_specs),
+    argnums=argnums,
+  )
   if compile_once:
     wide = has_weight or loss_scale is not None
     all_passes = functools.partial(
-      _loops.in_one_loop, setting=setting, argnums=argnums, wide=wide
+      _loops.in_one_loop, *all_passes.args, **all_passes.keywords, wide=wide
     )
   if sync_ascent:
     gradients_of = all_passes(in_microbatches(clean), axis_name=axis_name)

@@ -25,6 +25,7 @@ from msam_optax import _checks
 from msam_optax import _masks
 from msam_optax import _numerics
 from msam_optax import metrics
+from msam_optax import spaces
 from msam_optax.monge import monge
 
 COLOURS = {'SAM': '#d95f02', 'Monge SAM': '#1b6ca8'}
@@ -145,7 +146,14 @@ def steepest_direction(
     [0.6 0.8]
   """
   _checks.check_real(params)
-  ascent, _ = metric.ascend(jax.grad(loss)(params), metric.init(params), params)
+  ascent, _ = metric.ascend(
+    jax.grad(loss)(params),
+    metric.init(params),
+    params,
+    space=spaces.LOCAL,
+    rho=jnp.zeros([], _numerics.wide_dtype(params)),
+    grad_fn=jax.grad(loss),
+  )
   return ascent.direction
 
 

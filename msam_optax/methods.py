@@ -68,7 +68,7 @@ def msam(
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     alpha: ``α``, likewise. 0 is SAM; the paper has 1.
-    base: the metric that Monge is laid over; Euclidean in the paper.
+    base: the metric that Monge extends; Euclidean in the paper.
     **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
       ``perturbation_dtype`` of :func:`sharpness_aware`.
 
@@ -248,7 +248,7 @@ def gsam(
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     alpha: ``α``, scalar >= 0: the weight of the gap. 0 is SAM; the authors have 0.6 for
       ViT-B/32.
-    metric: what uphill means; Euclidean in the paper.
+    metric: how the length of a perturbation is measured; Euclidean in the paper.
     **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
       ``perturbation_dtype`` of :func:`sharpness_aware`.
 
@@ -300,7 +300,7 @@ def wsam(
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     gamma: ``γ``, scalar, 0 <= γ < 1.
-    metric: what uphill means; Euclidean in the paper.
+    metric: how the length of a perturbation is measured; Euclidean in the paper.
     **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
       ``perturbation_dtype`` of :func:`sharpness_aware`.
 
@@ -330,7 +330,8 @@ def wsam(
   _hyperparameters.check_number('gamma', gamma)
   if not isinstance(gamma, jax.core.Tracer) and gamma >= 1:
     raise ValueError(f'`gamma` must be less than 1, got {gamma!r}: SAM is 0.5.')
-  # With γ not in range at run time the weight is not either, and becomes NaN.
+  # In bfloat16 `1 − γ` would round. Out of range at run time, γ gives a weight that is
+  # out of range as well, which becomes NaN.
   gamma = gamma if isinstance(gamma, (int, float)) else _numerics.widen(gamma)
   combination = combinations.weighted(gamma / (1.0 - gamma))
   return transformation.sharpness_aware(metric, rho, combination, **options)
@@ -356,7 +357,7 @@ def cr_sam(
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     gamma: ``γ``, scalar >= 0: the weight of the second difference.
     beta: ``β``, scalar >= 0: the weight of the first difference. With both 0 it is SAM.
-    metric: what uphill means; Euclidean in the paper.
+    metric: how the length of a perturbation is measured; Euclidean in the paper.
     **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
       ``perturbation_dtype`` of :func:`sharpness_aware`.
 

@@ -32,9 +32,10 @@ class Ascent(NamedTuple):
   """The steepest ascent under a metric ``G``.
 
   Attributes:
-    direction: pytree like the gradients, in their dtypes: ``G⁻¹g/√(gᵀG⁻¹g)``, of
-      length one under ``G``; zero where the gradient is zero or not finite, or its
-      length is too large or too small for a normal floating-point number.
+    direction: pytree like the gradients, in their dtypes or wider:
+      ``G⁻¹g/√(gᵀG⁻¹g)``, of length one under ``G``; zero where the gradient is zero or
+      not finite, or its length is too large or too small for a normal floating-point
+      number.
     slope: scalar, float32 or wider: ``√(gᵀG⁻¹g) = ⟨g, direction⟩``, the rise in
       the loss per unit of radius; zero where the direction is.
   """
@@ -297,7 +298,7 @@ def spectral(other: Metric = euclidean(), *, matrices: Any = None) -> Metric:
     other: the metric of all leaves that are no matrices, together.
     matrices: which leaves are matrices, in Optax's convention for masks, such as
       ``by_name('kernel')``; each must have two axes. By default the leaves of two
-      dimensions that :func:`adaptive` takes for weights.
+      dimensions that :func:`adaptive` counts as weights.
 
   Returns:
     A :class:`Metric` with the state of ``other``.

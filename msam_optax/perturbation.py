@@ -21,8 +21,8 @@ def perturb(
   """The probe ``w + ρ · direction`` on the leaves that the mask selects.
 
   The sum is taken in float32 or wider and rounded once, to the parameters' dtype.
-  The parameters themselves are not touched: to go back, go on with them, and
-  never subtract the perturbation again.
+  The parameters themselves are not touched: continue with them, and never subtract the
+  perturbation again.
 
   Args:
     params: pytree of arrays; the leaves to be perturbed are real floating point.
@@ -147,13 +147,13 @@ def distance(
 
 
 def expected_size(
-  rho: Any, ascent: metrics.Ascent, magnitudes: Any, mask: Any = None
+  rho: Any, ascent: metrics.Ascent, magnitudes: Any, mask: Any
 ) -> jax.Array:
   """Roughly how long a perturbation is, without another pass over its arrays.
 
   A direction of one size everywhere has that of ``slope / max|g|``, since the slope is
-  ``⟨g, direction⟩``, and no direction is shorter. The root of it is as far from that as
-  from a direction of size one, and so never far from either.
+  ``⟨g, direction⟩``, and no direction is shorter; one in few coordinates has size
+  one. The geometric mean of both guesses is never far from either.
 
   Args:
     rho: ``ρ``, scalar.
@@ -165,7 +165,9 @@ def expected_size(
     A scalar; it may be zero or not finite, where nothing is known.
   """
   moved = jax.tree.map(lambda m, x: x if m else jnp.zeros_like(x), mask, magnitudes)
-  largest = functools.reduce(jnp.maximum, jax.tree.leaves(moved))
+  largest = functools.reduce(
+    jnp.maximum, jax.tree.leaves(moved), jnp.zeros([], ascent.slope.dtype)
+  )
   slope = ascent.slope.astype(largest.dtype)
   ratio = jnp.where(largest > 0, slope / jnp.where(largest > 0, largest, 1.0), 1.0)
   return _numerics.widen(rho, like=largest) * jnp.sqrt(jax.lax.stop_gradient(ratio))

@@ -95,21 +95,21 @@ def mean_rise(
   *,
   mask: Any = None,
 ) -> Rise:
-  """The rise of :func:`rise`, averaged over shards of data: m-sharpness.
+  """The rise of :func:`rise`, averaged over micro-batches: m-sharpness.
 
-  Each shard has a gradient and a perturbation of its own:
+  Each micro-batch has a gradient and a perturbation of its own:
   ``mean_b [ℓ_b(w + δ(∇ℓ_b)) − ℓ_b(w)]``. They are computed one after the other.
 
   Args:
     loss: ``(params, shard) -> scalar``.
     params: ``w``, a pytree of real floating-point arrays.
-    shards: pytree of arrays ``[m, …]``: ``m`` shards of data, stacked.
+    shards: pytree of arrays ``[m, …]``: ``m`` micro-batches, stacked.
     metric: ``G``, e.g. ``monge()``.
     rho: ``ρ``, scalar >= 0.
     mask: which leaves are perturbed, by default all; see :func:`perturb`.
 
   Returns:
-    A :class:`Rise` of means over the shards.
+    A :class:`Rise` of means over the micro-batches.
 
   Raises:
     TypeError: if a leaf of ``params`` is no real floating-point array.

@@ -76,6 +76,19 @@ def over(
   )
 
 
+def without_mean(param_specs: Any = None) -> Space:
+  """The space of a metric whose gradient is that of one micro-batch or replica."""
+
+  def no_mean(tree):
+    raise ValueError(
+      'A metric in `value_and_grad` cannot use `space.mean` where the batch is divided'
+      ' by `axis_name` or `shards`: give `sync_ascent=True`, and its gradient is the'
+      ' mean.'
+    )
+
+  return over(None, param_specs)._replace(mean=no_mean)
+
+
 def mean(
   tree: Any,
   axis_name: Any,

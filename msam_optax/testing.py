@@ -44,9 +44,9 @@ def assert_metric(
 
   * ``init`` and ``ascend`` accept what they are given: ``space``, ``rho``, ``grad_fn``
     and extra arguments that they do not know.
-  * The direction is like the gradients (structure, shapes, dtypes: those given,
-    float32, bfloat16, and float64 if that is enabled); the slope is a scalar, float32
-    or wider.
+  * The direction is like the gradients: structure and shapes, no narrower dtypes
+    (those given, float32, bfloat16, and float64 if that is enabled); the slope is a
+    scalar, float32 or wider.
   * The slope is ``⟨g, direction⟩``, finite, and positive where ``g`` is not zero.
   * The direction is of length one under the metric, and ``G⁻¹g/√(gᵀG⁻¹g)``: as far as
     ``matrix`` says what ``G`` is.
@@ -161,8 +161,9 @@ def assert_combination(
   * ``due``, if there is one, is a bool scalar, and ``combine`` accepts ``(g,)`` alone.
   * The update is finite for gradients from 1e-20 to 1e+20, and for zero.
   * A gradient that is not finite is not hidden, nor does it stay in the state.
-  * With replicas, each with gradients of its own, all get the same update, state and
-    ``due``; if their gradients are the same, those of one device.
+  * With replicas, each with gradients of its own, all get the update that one device
+    gets of the mean gradients, and the same state and ``due``; if their gradients are
+    the same, those of one device.
   * Leaves that have no gradient, each an ``optax.MaskedNode``, are left out.
   * The state keeps its structure, shapes, dtypes and weak types.
   * It is pure: the same again, under ``jit`` and ``scan``.

@@ -42,7 +42,8 @@ class SharpnessAwareState(NamedTuple):
     count: int32, the steps so far: calls of ``update``.
     slope: the metric's slope ``√(gᵀG⁻¹g)``, so ``ρ · slope`` is the predicted rise.
     radius: ``‖δ‖₂`` as really used, after mask, schedule and rounding: zero in
-      bfloat16 says that the perturbation was lost.
+      bfloat16 says that the perturbation was lost. Of the first probe, as are the next
+      two: of ``scales[0] · δ`` where a combination has other scales than 1.
     probe_value: ``ℓ(w+δ)``; recorded if ``value_and_grad_fn`` is given.
     rise: ``ℓ(w+δ) − ℓ(w)``; recorded if ``value_and_grad_fn`` and ``value`` are. If it
       is negative at a small radius, what came into ``update`` was no gradient.
@@ -116,8 +117,9 @@ def sharpness_aware(
       others. By default all; they must be real floating point.
     axis_name: the mapped axis (of ``pmap``, ``vmap`` or ``shard_map``) over which the
       gradient at the probe is averaged, and so are the scalars in the state. The
-      params must be replicated over it; under ``jit`` with sharded arrays, which may
-      be sharded in any way, nothing is to be named.
+      params must be replicated over it. A metric's state is that of each replica,
+      unless the metric uses ``space.mean``. Under ``jit`` with sharded arrays, which
+      may be sharded in any way, nothing is to be named.
     sync_ascent: whether to average the gradient for the ascent over ``axis_name`` as
       well. By default each replica perturbs along its own (m-sharpness).
     param_specs: how the params are sharded inside ``shard_map``: the tree of
@@ -224,6 +226,7 @@ def sharpness_aware(
         lambda probe: evaluate(probe, wanted, dtypes=perturbation_dtype is None),
         setting,
         metric_state=state.metric_state,
+        space=space,
         count=state.count,
         average=ascent_mean,
         extra_args=extra_args if value is None else {**extra_args, 'value': value},
@@ -238,6 +241,7 @@ def sharpness_aware(
     else:
       gradient = _masks.restrict_to_real(begin.grads, _masks.trained(params))
       due = combination.due(gradient, state.combination_state, space)
+      combinations.check_due(due)
       results = jax.lax.cond(due, with_probes, without_probes)
     new_updates, combination_state, metric_state, scalars = results
     new_state = SharpnessAwareState(
@@ -298,8 +302,12 @@ def normalize_by(
       mask=perturbed,
       extra_args={'space': spaces.over(None, param_specs)},
     )
-    zeros = jax.tree.map(jnp.zeros_like, updates)
-    return _masks.extend(ascent.direction, perturbed, zeros), state
+    directions = _masks.extend(ascent.direction, perturbed, updates)
+
+    def of_leaf(is_perturbed, direction, g):
+      return direction.astype(g.dtype) if is_perturbed else jnp.zeros_like(g)
+
+    return jax.tree.map(of_leaf, perturbed, directions, updates), state
 
   return optax.GradientTransformation(init, update)
 
@@ -365,6 +373,11 @@ def _scalars(probes, value, state, average):
 
   def record(name, new):
     old = getattr(state, name)
-    return jnp.zeros_like(old) if new is None else jnp.asarray(average(new), old.dtype)
+    if new is None:
+      return jnp.zeros_like(old)
+    # As the state does, so that both branches of a step that may be skipped agree.
+    new = jnp.asarray(average(new), old.dtype)
+    axes = _devices.varying_axes(old) - _devices.varying_axes(new)
+    return _devices.as_varying(new, axes)
 
   return {name: record(name, new) for name, new in recorded.items()}

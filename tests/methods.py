@@ -22,7 +22,9 @@ import msam_optax
 class Method(NamedTuple):
   """A method of ``msam_optax``, and the same in NumPy.
 
-  Vectors are float64 and hold all leaves, one after the other.
+  Vectors are float64 and hold all leaves, one after the other. The numbers of the
+  method, but for its radius, are keyword arguments of ``delta`` or ``update``, by their
+  names in ``make`` and with the values of this row: tests change them in both.
 
   Attributes:
     make: ``(rho, **options) -> transformation``, a public function or a
@@ -49,8 +51,8 @@ class Method(NamedTuple):
 def steepest(matrix: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
   """``δ = ρ G⁻¹g/√(gᵀG⁻¹g)`` by a dense solve, for ``G = matrix(w, g, is_weight)``."""
 
-  def delta(w, g, rho, is_weight):
-    u = np.linalg.solve(matrix(w, g, is_weight), g)
+  def delta(w, g, rho, is_weight, **numbers):
+    u = np.linalg.solve(matrix(w, g, is_weight, **numbers), g)
     return rho * u / np.sqrt(g @ u)
 
   return delta
@@ -64,8 +66,15 @@ def _adaptive(w, g, is_weight, eta=0.01):
   return np.diag(np.where(is_weight, np.abs(w) + eta, 1.0) ** -2)
 
 
+def _fisher(w, g, is_weight, eta=1.0):
+  return np.diag(1 + eta * g**2)
+
+
 def _monge(alpha, base=_identity):
-  return lambda w, g, is_weight: base(w, g, is_weight) + alpha**2 * np.outer(g, g)
+  def matrix(w, g, is_weight, alpha=alpha):
+    return base(w, g, is_weight) + alpha**2 * np.outer(g, g)
+
+  return matrix
 
 
 def monge_sam(alpha: Any) -> Method:
@@ -86,28 +95,28 @@ METHODS: dict[str, Method] = {
   'fisher_sam': Method(
     msam_optax.fisher_sam,
     msam_optax.diagonal_fisher(),
-    steepest(lambda w, g, is_weight: np.diag(1 + g**2)),
+    steepest(_fisher),
   ),
   'gsam': Method(
     msam_optax.gsam,
     msam_optax.euclidean(),
     steepest(_identity),
-    update=lambda g, g1: g1 - 0.6 * (g - (g @ g1) / (g1 @ g1) * g1),
+    update=lambda g, g1, alpha=0.6: g1 - alpha * (g - (g @ g1) / (g1 @ g1) * g1),
     combination=msam_optax.surrogate_gap(0.6),
   ),
   'wsam': Method(
     functools.partial(msam_optax.wsam, gamma=0.75),
     msam_optax.euclidean(),
     steepest(_identity),
-    update=lambda g, g1: 3 * g1 - 2 * g,
+    update=lambda g, g1, gamma=0.75: g + gamma / (1 - gamma) * (g1 - g),
     combination=msam_optax.weighted(3.0),
   ),
   'cr_sam': Method(
     functools.partial(msam_optax.cr_sam, gamma=0.2, beta=0.1),
     msam_optax.euclidean(),
     steepest(_identity),
-    update=lambda g, plus, minus: (
-      plus + 0.2 * (plus + minus - 2 * g) + 0.1 * (plus - minus)
+    update=lambda g, plus, minus, gamma=0.2, beta=0.1: (
+      plus + gamma * (plus + minus - 2 * g) + beta * (plus - minus)
     ),
     scales=(1.0, -1.0),
     combination=msam_optax.curvature(0.2, 0.1),

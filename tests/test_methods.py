@@ -16,9 +16,10 @@ import pytest
 
 import msam_optax
 from msam_optax import Options
+from tests.methods import METHODS
 
 ROOT = pathlib.Path(__file__).parents[1]
-METHODS = {
+PUBLIC = {
   name: getattr(msam_optax, name)
   for name in msam_optax.__all__
   if inspect.isfunction(function := getattr(msam_optax, name))
@@ -26,11 +27,11 @@ METHODS = {
   is optax.GradientTransformationExtraArgs
 }
 # Those that are a metric and a combination already.
-NAMED = {name: make for name, make in METHODS.items() if name != 'sharpness_aware'}
+NAMED = {name: make for name, make in PUBLIC.items() if name != 'sharpness_aware'}
 SHARED = tuple(Options.__annotations__)
 
 
-# What each number does, by the papers' formulas in NumPy.
+# What each number does, by the formulas of the registry.
 
 A = np.array([[2.0, 0.3], [0.3, 1.0]])
 POINT = np.array([[0.6, -0.8]])
@@ -41,72 +42,26 @@ def gradient(w):
   return w @ A + w**3
 
 
-def norm(x):
-  return np.sqrt(np.sum(x**2))
+def by_hand(name, **changed):
+  """The update at ``POINT`` by the row of a method, with other numbers."""
+  row, w = METHODS[name], POINT.ravel()
+  at = lambda w: gradient(w.reshape(POINT.shape)).ravel()
+  numbers = defaults(name) | changed
+  rho, is_weight, g = numbers.pop('rho'), np.full(w.size, True), at(w)
+  in_update = set(numbers) & set(inspect.signature(row.update).parameters)
+  of_update = {number: numbers.pop(number) for number in in_update}
+  delta = row.delta(w, g, rho, is_weight, **numbers)
+  probes = [at(w + scale * delta) for scale in row.scales]
+  return row.update(g, *probes, **of_update).reshape(POINT.shape)
 
 
-def sam(w, rho=0.05):
-  g = gradient(w)
-  return gradient(w + rho * g / norm(g))
+def defaults(name):
+  """The numbers of a method, as its signature has them."""
+  parameters = inspect.signature(NAMED[name]).parameters
+  return {n: p.default for n, p in parameters.items() if isinstance(p.default, float)}
 
 
-def msam(w, rho=0.05, alpha=1.0):
-  g = gradient(w)
-  return gradient(w + rho * g / (norm(g) * np.sqrt(1 + alpha**2 * norm(g) ** 2)))
-
-
-def asam(w, rho=0.5, eta=0.01):
-  g, T = gradient(w), np.abs(w) + eta
-  return gradient(w + rho * T**2 * g / norm(T * g))
-
-
-def fisher_sam(w, rho=0.1, eta=1.0):
-  g = gradient(w)
-  u = g / (1 + eta * g**2)
-  return gradient(w + rho * u / np.sqrt(np.sum(u * g)))
-
-
-def gsam(w, rho=0.05, alpha=0.6):
-  g, g1 = gradient(w), sam(w, rho)
-  return g1 - alpha * (g - np.sum(g * g1) / np.sum(g1 * g1) * g1)
-
-
-def wsam(w, rho=0.05, gamma=0.9):
-  g, a = gradient(w), gamma / (1 - gamma)
-  return (1 - a) * g + a * sam(w, rho)
-
-
-def cr_sam(w, rho=0.1, gamma=0.1, beta=0.01):
-  g, plus, minus = gradient(w), sam(w, rho), sam(w, -rho)
-  return plus + gamma * (plus + minus - 2 * g) + beta * (plus - minus)
-
-
-BY_HAND = {
-  'asam': asam,
-  'cr_sam': cr_sam,
-  'fisher_sam': fisher_sam,
-  'gsam': gsam,
-  'msam': msam,
-  'sam': sam,
-  'wsam': wsam,
-}
-NUMBERS = [
-  (name, number)
-  for name in NAMED
-  for number, p in inspect.signature(NAMED[name]).parameters.items()
-  if isinstance(p.default, float)
-]
-
-
-def test_all_numbers_are_in_the_formulas():
-  assert set(BY_HAND) == set(NAMED)
-  for name, by_hand in BY_HAND.items():
-    _, *numbers = inspect.signature(by_hand).parameters.items()
-    assert [(n, p.default) for n, p in numbers] == [
-      (n, inspect.signature(NAMED[name]).parameters[n].default)
-      for other, n in NUMBERS
-      if other == name
-    ]
+NUMBERS = [(name, number) for name in NAMED for number in defaults(name)]
 
 
 def make_step(tx):
@@ -129,7 +84,7 @@ def test_a_number_is_a_schedule_under_inject_hyperparams(name, number):
 
   for value in values:
     update, state = step(state)
-    expected = BY_HAND[name](POINT, **{number: float(value)})
+    expected = by_hand(name, **{number: float(value)})
     np.testing.assert_allclose(update, expected, rtol=3e-5)
     np.testing.assert_allclose(state.hyperparams[number], value)
 
@@ -143,7 +98,7 @@ def test_a_number_is_changed_in_the_state_under_inject_hyperparams(name, number)
     if value is not None:
       state.hyperparams[number] = jnp.asarray(value, jnp.float32)
     update, state = step(state)
-    expected = BY_HAND[name](POINT, **{number: 0.4 if value is None else value})
+    expected = by_hand(name, **{number: 0.4 if value is None else value})
     np.testing.assert_allclose(update, expected, rtol=3e-5)
 
   # What is out of range can be seen.
@@ -179,16 +134,16 @@ def test_signature_shows_all_keywords_with_their_defaults(name):
   assert 'options' not in parameters
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', PUBLIC)
 def test_help_shows_all_keywords_with_their_defaults(name):
-  text = pydoc.render_doc(METHODS[name], renderer=pydoc.plaintext)
+  text = pydoc.render_doc(PUBLIC[name], renderer=pydoc.plaintext)
   # As one line, however many it has; some versions of Python say where Any is from.
   signature = ' '.join(text[: text.index('->')].split()).replace('typing.', '')
   for keyword in SHARED:
     p = inspect.signature(msam_optax.sharpness_aware).parameters[keyword]
     kind = getattr(p.annotation, '__name__', p.annotation)
     assert f'{keyword}: {kind} = {p.default}' in signature
-    assert keyword in inspect.getdoc(METHODS[name])
+    assert keyword in inspect.getdoc(PUBLIC[name])
 
 
 @pytest.mark.parametrize('name', NAMED)
@@ -208,14 +163,14 @@ def test_keywords_reach_the_method(name):
     NAMED[name](param_specs=specs).update(params, None, params, grad_fn=lambda p: p)
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', PUBLIC)
 def test_a_misspelt_keyword_is_refused_by_name(name):
   given = {'metric': msam_optax.euclidean()} if name == 'sharpness_aware' else {}
   message = rf"^{name}\(\) got an unexpected keyword argument 'msk'"
   with pytest.raises(TypeError, match=message):
-    METHODS[name](rho=0.1, msk=None, **given)
+    PUBLIC[name](rho=0.1, msk=None, **given)
   with pytest.raises(TypeError, match=rf'^{name}\(\) .*positional arguments'):
-    METHODS[name](*[msam_optax.probe_gradient()] * 6)
+    PUBLIC[name](*[msam_optax.probe_gradient()] * 6)
 
 
 TYPED = """

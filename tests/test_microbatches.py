@@ -328,7 +328,7 @@ def test_training_with_a_schedule_inside_the_step():
 )
 def test_a_batch_that_cannot_be_cut_is_refused(arguments, match):
   take = msam_optax.value_and_grad(loss, shards=4)
-  with pytest.raises(ValueError, match=match + r'.*into 4 equal shards'):
+  with pytest.raises(ValueError, match=match + r'.*into 4 equal micro-batches'):
     take(make_params(), arguments)
 
 
