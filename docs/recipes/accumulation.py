@@ -25,7 +25,7 @@ from msam_optax import msam
 from msam_optax import value_and_grad
 
 RHO, MICROBATCHES = 0.1, 4
-optimizer = optax.sgd(0.1, momentum=0.9)
+optimizer = optax.sgd(0.02, momentum=0.9)
 accumulated = optax.MultiSteps(optimizer, every_k_schedule=MICROBATCHES)
 tx = optax.chain(msam(rho=RHO), accumulated.gradient_transformation())
 

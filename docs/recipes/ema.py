@@ -19,7 +19,7 @@ import optax
 from msam_optax import msam
 
 RHO, DECAY = 0.1, 0.9
-tx = optax.chain(msam(rho=RHO), optax.sgd(0.1, momentum=0.9))
+tx = optax.chain(msam(rho=RHO), optax.sgd(0.02, momentum=0.9))
 
 
 def loss_fn(params, batch):

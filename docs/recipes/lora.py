@@ -61,7 +61,7 @@ def batches(steps, size=32):
 
 def train(steps=20):
   model = init()
-  tx = optax.chain(msam(rho=RHO), optax.sgd(0.1, momentum=0.9))
+  tx = optax.chain(msam(rho=RHO), optax.sgd(0.02, momentum=0.9))
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
   losses = [float(train_step(model, optimizer, x, y)) for x, y in batches(steps)]
   return model, losses

@@ -37,7 +37,7 @@ WHEN = {
 def make_optimizer(when, rho=RHO):
   return optax.chain(
     optax.conditionally_transform(msam(rho=rho), when),
-    optax.sgd(0.1, momentum=0.9),
+    optax.sgd(0.02, momentum=0.9),
   )
 
 
