@@ -4,8 +4,8 @@ When to use it: data-parallel training in `shard_map`, where each group of devic
 perturbation of its own. One group of all devices is SAM of the whole batch; groups of
 one device are the default of the SAM authors' code.
 
-The mesh has two named axes, `group` and `device`. The gradient for the ascent is averaged
-over `device`, and the gradient at the probe over both.
+The mesh has two named axes, `group` and `device`. The gradient for the ascent is
+averaged over `device`, and the gradient at the probe over both.
 
 What to watch out for:
 

@@ -5,7 +5,7 @@ When to use it: you have results of that code, and want the same method on today
 | google-research/sam (`flax_training.py`) | here |
 |---|---|
 | `pmap(train_step, axis_name='batch')` | `shard_map` over an axis `batch` |
-| `get_sam_gradient(model, rho)` | `value_and_grad(forward_and_loss, euclidean(), rho=…)` |
+| `get_sam_gradient(model, rho)` | `value_and_grad(loss, euclidean(), rho=…)` |
 | `dual_vector(grad)` | `euclidean()`; Monge SAM: `monge(alpha=1.0)` |
 | `--sam_rho` | `rho=` |
 | `pmean(grad, 'batch')` after the second pass | `axis_name='batch'` |
@@ -22,7 +22,7 @@ What to watch out for:
   number of rows per device: on other hardware keep that number, or use groups.
 * `optax.add_decayed_weights` behind the ascent is another method than `l2_reg`: its
   gradient does not take part in the ascent.
-* The logits that their loop logs are those at the probe. Here the loss is the clean one.
+* Their loop logs the loss of the pass at the probe. Here it is that of the clean pass.
 """
 
 from flax import linen as nn
@@ -82,9 +82,7 @@ def train_step(params, batch_stats, opt_state, x, y):
 def make_train_step():
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('batch',))
   in_specs = (P(), P(), P(), P('batch'), P('batch'))
-  return jax.jit(
-    jax.shard_map(train_step, mesh=mesh, in_specs=in_specs, out_specs=P())
-  )
+  return jax.jit(jax.shard_map(train_step, mesh=mesh, in_specs=in_specs, out_specs=P()))
 
 
 def init():

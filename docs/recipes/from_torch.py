@@ -4,11 +4,11 @@ When to use it: your loop has the `SAM` optimizer of davda54/sam or a relative o
 
 | PyTorch | here (Flax NNX) |
 |---|---|
-| `SAM(parameters, SGD, rho=0.05)` | `chain(sam(rho=0.05), sgd(…))`; Monge SAM: `msam(…)` |
+| `SAM(parameters, SGD, rho=…)` | `chain(sam(rho), sgd(…))`; Monge SAM: `msam(rho)` |
 | `SAM(…, adaptive=True)` | `asam(rho, eta=0.0, weights=True)` |
 | `loss.backward()` | `loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)` |
-| second forward and `backward()` | `grad_fn = flax_nnx.grad_fn(loss_fn, model, x, y)` |
-| `first_step`, `second_step`, `zero_grad` | `optimizer.update(model, grads, grad_fn=grad_fn)` |
+| the second `backward()` | `grad_fn = flax_nnx.grad_fn(loss_fn, model, x, y)` |
+| `first_step`, `second_step` | `optimizer.update(model, grads, grad_fn=grad_fn)` |
 | `step(closure)` | the closure is `grad_fn` |
 | `enable_running_stats`, `disable_running_stats` | none: `grad_fn` works on a copy |
 | `weight_decay=` of SGD | `add_decayed_weights`, between `sam` and `sgd` |
