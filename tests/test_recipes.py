@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import pytest
 
+from msam_optax import asam
 from tests import by_hand
 
 # Layers and optimizers of others promote dtypes and ranks.
@@ -63,6 +64,21 @@ def train(method, take, params, batches, optimizer, rho, state=None):
     method, take, params, state, batches, optimizer, radii=[rho]
   )
   return params if state is None else (params, new_state)
+
+
+def train_in_parts(method, grad, params, batches, optimizer, rho, cut):
+  """Training where each part of a batch has its own perturbation."""
+  for batch in batches:
+    gradients = [lambda w, part=part: grad(w, part) for part in cut(batch)]
+    radii = [rho] * len(gradients)
+    params = optimizer(params, by_hand.update(method, params, gradients, radii=radii))
+  return params
+
+
+def consecutive(batch, parts):
+  """The parts of a batch, consecutive rows each, as they are on devices."""
+  cuts = [np.split(rows, parts) for rows in batch]
+  return list(zip(*cuts, strict=True))
 
 
 def plain_gradient(loss_fn):
@@ -133,8 +149,7 @@ def test_keras_train_step():
   fresh = recipe.init()
   values = lambda variables: [np.asarray(v.value) for v in variables]
 
-  @functools.partial(jax.jit, static_argnums=4)
-  def evaluate(trainable, non_trainable, x, y, mean=True):
+  def evaluate(trainable, non_trainable, x, y):
     out, new = fresh.stateless_call(trainable, non_trainable, x, training=True)
     return jnp.mean((out - y) ** 2), new
 
@@ -254,15 +269,17 @@ def test_accumulation(name):
   recipe = load('accumulation')
   params, losses = getattr(recipe, name)()
 
-  def by_hand_with(rho):
-    params, optimizer = recipe.init(), by_hand.sgd(0.02, 0.9)
-    for batch in recipe.batches(20):
-      k = recipe.MICROBATCHES
-      _, update = by_hand.gradient(
-        'msam', recipe.loss_fn, params, batch, shards=k, radii=[rho] * k
-      )
-      params = optimizer(params, update)
-    return params
+  grad = jax.jit(jax.grad(recipe.loss_fn))
+  k = recipe.MICROBATCHES
+  by_hand_with = lambda rho: train_in_parts(
+    'msam',
+    grad,
+    recipe.init(),
+    recipe.batches(20),
+    by_hand.sgd(0.02, 0.9),
+    rho,
+    cut=lambda batch: [tuple(rows[i::k] for rows in batch) for i in range(k)],
+  )
 
   check(params, by_hand_with, recipe.RHO)
   assert_falls(losses)
@@ -321,19 +338,10 @@ def test_a_schedule_of_the_radius_counts_the_steps_with_a_probe(name):
   recipe = load('some_steps')
   when = recipe.WHEN[name]
   _, _, records = recipe.train(when, rho=lambda count: 0.01 * (count + 1))
-  radii = [r.radius / r.slope for r in records if r.slope]  # ρ ‖u‖/⟨g, u⟩ = ρ/‖g‖ …
-  rhos = [
-    float(record.radius * np.sqrt(1 + _norm(record.slope) ** 2))
-    for step, record in enumerate(records)
-    if when(step)
-  ]
-  assert len(radii) >= len(rhos)
-  np.testing.assert_allclose(rhos, 0.01 * np.arange(1, len(rhos) + 1), rtol=1e-3)
-
-
-def _norm(slope):
-  """``‖g‖`` for Monge SAM's slope at ``α = 1``, ``s = ‖g‖/√(1+‖g‖²)``."""
-  return slope / np.sqrt(1 - slope**2)
+  used = [record for step, record in enumerate(records) if when(step)]
+  # At α = 1 the slope is s = ‖g‖/√(1+‖g‖²) and the radius ρ/√(1+‖g‖²) = ρ √(1−s²).
+  rhos = [record.radius / np.sqrt(1 - record.slope**2) for record in used]
+  np.testing.assert_allclose(rhos, 0.01 * np.arange(1, len(used) + 1), rtol=1e-3)
 
 
 def test_a_skipped_step_says_nothing_of_its_gradient():
@@ -404,6 +412,17 @@ def test_from_optax_sam(name):
   assert_falls(losses)
 
 
+def test_a_zero_gradient_is_nan_before_and_no_perturbation_after():
+  recipe = load('from_optax_sam')
+  w = jnp.zeros(2)
+  for tx, grad_fn, expected in (
+    (recipe.opaque, lambda w, _: w, np.nan),
+    (recipe.ours, lambda w: w, 0.0),
+  ):
+    updates, _ = tx.update(w, tx.init(w), w, grad_fn=grad_fn)
+    np.testing.assert_array_equal(updates, np.full(2, expected))
+
+
 @ON_DEVICES
 @pytest.mark.cpu
 def test_from_google_sam():
@@ -416,9 +435,7 @@ def test_from_google_sam():
     params, stats = recipe.init()
     optimizer = nesterov_behind_clip(0.02, 0.9, 5.0)
     for batch in recipe.batches(20):
-      parts = [
-        tuple(np.split(rows, devices)[i] for rows in batch) for i in range(devices)
-      ]
+      parts = consecutive(batch, devices)
       gradients = [lambda w, part=part: grad(w, stats, *part)[0] for part in parts]
       new_stats = [grad(params, stats, *part)[1] for part in parts]
       radii = [rho] * devices
@@ -459,14 +476,16 @@ def test_device_groups(groups, step):
   recipe = load('device_groups')
   params, losses = recipe.train(groups, getattr(recipe, step))
 
-  def by_hand_with(rho, groups=groups):
-    params, optimizer = recipe.init(), by_hand.sgd(0.02, 0.9)
-    for batch in recipe.batches(20):
-      _, update = by_hand.gradient(
-        'msam', recipe.loss_fn, params, batch, parts=groups, radii=[rho] * groups
-      )
-      params = optimizer(params, update)
-    return params
+  grad = jax.jit(jax.grad(recipe.loss_fn))
+  by_hand_with = lambda rho, groups=groups: train_in_parts(
+    'msam',
+    grad,
+    recipe.init(),
+    recipe.batches(20),
+    by_hand.sgd(0.02, 0.9),
+    rho,
+    cut=lambda batch: consecutive(batch, groups),
+  )
 
   check(params, by_hand_with, recipe.RHO)
   assert_falls(losses)
@@ -483,7 +502,8 @@ def test_from_torch():
   @jax.jit
   def take(params, rest, batch):
     def loss_fn(params):
-      model = nnx.merge(graph, params, rest)
+      # A copy of the other variables, which the pass may change in this trace.
+      model = nnx.merge(graph, params, jax.tree.map(lambda x: x, rest))
       loss = recipe.loss_fn(model, *batch)
       return loss, nnx.state(model, nnx.Not(nnx.Param))
 
@@ -500,6 +520,17 @@ def test_from_torch():
   got = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
   check(got, by_hand_with, recipe.RHO)
   assert_falls(losses)
+
+
+def test_adaptive_sam_of_torch():
+  """Its perturbation is ``ρ w² g/‖|w| g‖`` on all parameters, biases included."""
+  w = {'kernel': np.array([[0.5, -2.0]], np.float32), 'bias': np.float32([0.1])}
+  g = {'kernel': np.array([[1.0, 0.25]], np.float32), 'bias': np.float32([-3.0])}
+  tx = asam(0.5, eta=0.0, weights=True)
+  probe, _ = tx.update(g, tx.init(w), w, grad_fn=lambda probe: probe)
+  n = np.sqrt(sum(np.sum((w[k] * g[k]) ** 2) for k in w))
+  expected = {k: np.float32(w[k] + 0.5 * w[k] ** 2 * g[k] / n) for k in w}
+  chex.assert_trees_all_close(probe, expected, rtol=1e-6)
 
 
 # The list.

@@ -14,9 +14,9 @@ same training with this library; all three give the same parameters.
 
 What to watch out for:
 
-* In transparent mode the second gradient is that of the loop's next call, usually on the
-  next batch. Here both gradients are of the same batch, so a loop over the same batches
-  makes twice as many steps.
+* In transparent mode the second gradient is that of the loop's next call, usually on
+  the next batch. Here both gradients are of the same batch, so a loop over the same
+  batches makes twice as many steps.
 * At a zero gradient `optax.contrib.normalize` divides by zero. Here there is then no
   perturbation, and the plain gradient is used.
 * To keep the wrapper and change only the ascent, give it
