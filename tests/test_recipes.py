@@ -10,6 +10,8 @@ import importlib.util
 import os
 import pathlib
 import re
+import subprocess
+import sys
 from unittest import mock
 
 import chex
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.standard_promotion
 
 RECIPES = pathlib.Path(__file__).parent.parent / 'docs' / 'recipes'
 NAMES = sorted(path.stem for path in RECIPES.glob('*.py'))
+SLOW = pytest.mark.slow
 ON_DEVICES = pytest.mark.skipif(
   not hasattr(jax.lax, 'pcast'), reason='this JAX has no `jax.lax.pcast`'
 )
@@ -470,7 +473,9 @@ def nesterov_behind_clip(learning_rate, momentum, clip):
 
 @ON_DEVICES
 @pytest.mark.cpu
-@pytest.mark.parametrize('groups', [1, 2, 8])
+@pytest.mark.parametrize(
+  'groups', [2, pytest.param(1, marks=SLOW), pytest.param(8, marks=SLOW)]
+)
 @pytest.mark.parametrize('step', ['drop_in_step', 'chain_step'])
 def test_device_groups(groups, step):
   recipe = load('device_groups')
@@ -550,4 +555,23 @@ def test_a_recipe_says_when_to_use_it(name):
   doc = text.split('"""')[1]
   assert 'When to use it: ' in doc
   assert 'What to watch out for' in doc
-  assert "if __name__ == '__main__':" in text
+
+
+@pytest.mark.slow
+@pytest.mark.cpu
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recipe_runs_by_itself(name):
+  if name in ('device_groups', 'from_google_sam') and not hasattr(jax.lax, 'pcast'):
+    pytest.skip('this JAX has no `jax.lax.pcast`')
+  paths = [str(RECIPES.parent.parent), os.environ.get('PYTHONPATH', '')]
+  environment = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': os.pathsep.join(filter(None, paths)),
+  }
+  command = [sys.executable, str(RECIPES / f'{name}.py')]
+  run = subprocess.run(
+    command, env=environment, capture_output=True, text=True, check=False
+  )
+  assert run.returncode == 0, run.stderr
+  assert re.search(r'\d\.\d{3}', run.stdout)
