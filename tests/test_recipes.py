@@ -42,6 +42,8 @@ def load(name):
   """The module of a recipe; what it sets in the environment does not stay."""
   path = RECIPES / f'{name}.py'
   spec = importlib.util.spec_from_file_location(f'recipe_{name}', path)
+  assert spec is not None
+  assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   with mock.patch.dict(os.environ):
     spec.loader.exec_module(module)
@@ -57,6 +59,7 @@ def check(got, by_hand_with, rho):
 
 
 def assert_falls(losses):
+  """The mean of the last three is well below that of the first three."""
   assert np.all(np.isfinite(losses))
   assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
 
@@ -351,7 +354,7 @@ def test_a_skipped_step_says_nothing_of_its_gradient():
   """``finite`` stays True, and ``apply_if_finite`` behind it rejects the step."""
   recipe = load('some_steps')
   tx = optax.chain(
-    optax.conditionally_transform(recipe.msam(), lambda step: step == 0),
+    optax.conditionally_transform(recipe.msam(), lambda step, **_: step == 0),
     optax.apply_if_finite(optax.sgd(0.1), 5),
   )
   step = recipe.make_train_step(tx, lambda w, x: jnp.sum(w**2 * x))
@@ -367,7 +370,7 @@ def test_a_skipped_step_says_nothing_of_its_gradient():
 def test_when_a_skipped_step_costs_a_second_gradient(where):
   recipe = load('some_steps')
   calls = []
-  tx = recipe.make_optimizer(lambda step: step % 4 == 0)
+  tx = recipe.make_optimizer(recipe.WHEN['every 4th'])
 
   def grad_fn(w):
     jax.debug.callback(lambda _: calls.append(1), w[0])

@@ -4,12 +4,12 @@ When to use it: the batch does not fit into memory.
 
 What to watch out for:
 
-* Here each micro-batch has a probe of its own, and the gradients at the probes are
-  averaged. This is m-sharpness, with m the number of micro-batches. Its perturbation is
-  not that of the whole batch.
-* If micro-batches arrive one by one, put `MultiSteps` behind `msam` (`stream_step`). A
-  schedule of ρ then counts micro-batches.
-* If the whole batch is at hand, let the drop-in cut it (`batch_step`): row `i` goes
+* Each micro-batch has its own probe, and the gradients at the probes are averaged. This
+  is m-sharpness, with m the number of micro-batches. It differs from SAM of the whole
+  batch.
+* When micro-batches arrive one by one, put `MultiSteps` behind `msam` (`stream_step`).
+  A schedule of ρ then counts micro-batches.
+* When the whole batch is at hand, let the drop-in cut it (`batch_step`): row `i` goes
   into micro-batch `i % k`. `sync_ascent=True` gives one shared perturbation instead.
 * `MultiSteps` around `msam` needs a `grad_fn` over all micro-batches. With that of the
   last one it silently uses the last one alone.

@@ -1,15 +1,16 @@
 """m-sharpness: one perturbation per group of devices.
 
-When to use it: data-parallel training in `shard_map`, where each group of devices has a
-perturbation of its own. One group of all devices is SAM of the whole batch; groups of
-one device are the default of the SAM authors' code.
+When to use it: data-parallel training in `shard_map`, where each group of devices has
+its own perturbation. One group of all devices is SAM of the whole batch; groups of one
+device are the default of the SAM authors' code.
 
 The mesh has two named axes, `group` and `device`. The gradient for the ascent is
 averaged over `device`, and the gradient at the probe over both.
 
 What to watch out for:
 
-* Gradients of smaller groups are longer, so Monge SAM shortens their perturbation more.
+* Gradients of smaller groups are usually longer, so Monge SAM shortens their
+  perturbation more.
 * In a checked `shard_map` cast replicated parameters with `jax.lax.pcast` before
   gradients are taken. Otherwise JAX sums the gradients by itself, and this library
   raises an error.

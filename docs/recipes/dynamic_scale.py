@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 def loss_fn(params, x, y):
   out = Net().apply({'params': params}, x)
-  return jnp.mean((out.astype(jnp.float32) - y) ** 2)
+  return jnp.mean((jnp.asarray(out, jnp.float32) - y) ** 2)
 
 
 @jax.jit

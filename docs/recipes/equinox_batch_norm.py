@@ -4,9 +4,9 @@ When to use it: your model is an `eqx.Module`.
 
 What to watch out for:
 
-* `tx.init`, `params` and the gradients all have the same filter,
-  `eqx.is_inexact_array`. The rest of the model, activation functions for example, goes
-  back in with `eqx.combine`, inside `grad_fn`.
+* Use the same filter, `eqx.is_inexact_array`, for `tx.init`, for `params` and for the
+  gradients. The rest of the model, activation functions for example, goes back in with
+  `eqx.combine`, inside `grad_fn`.
 * Keep the state of the clean pass. `grad_fn` starts from the old state and drops the
   new one: statistics of perturbed parameters are not those of your model.
 """

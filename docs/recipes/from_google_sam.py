@@ -20,8 +20,7 @@ What to watch out for:
 
 * Each device has its own perturbation by default, there and here. So ρ belongs to a
   number of rows per device: on other hardware keep that number, or use groups.
-* `optax.add_decayed_weights` behind the ascent is another method than `l2_reg`: its
-  gradient does not take part in the ascent.
+* `optax.add_decayed_weights` differs from `l2_reg`: it takes no part in the ascent.
 * Their loop logs the loss of the pass at the probe. Here it is that of the clean pass.
 """
 
@@ -74,7 +73,8 @@ def train_step(params, batch_stats, opt_state, x, y):
   (loss, own_stats), grads = take(own_params, own_stats, x, y)
   updates, opt_state = optimizer.update(grads, opt_state, params)
   params = optax.apply_updates(params, updates)
-  # Theirs are averaged before evaluation. A mean in every step comes to the same.
+  # Theirs are averaged before evaluation. Averaging in every step gives the same, since
+  # running means are linear in the statistics of the batches.
   batch_stats, loss = jax.lax.pmean((own_stats, loss), 'batch')
   return params, batch_stats, opt_state, loss
 

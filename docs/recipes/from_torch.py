@@ -55,8 +55,7 @@ def loss_fn(model, x, y):
 
 @nnx.jit
 def train_step(model, optimizer, x, y):
-  # The second forward and backward pass, and which parameters it runs at, are up to
-  # the optimizer.
+  # Copies the model as it is now. The optimizer calls it at the probe.
   grad_fn = flax_nnx.grad_fn(loss_fn, model, x, y)
   # `loss.backward()`.
   loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)

@@ -1,4 +1,4 @@
-"""Keras on JAX: `compile` and `fit` as before, with a `train_step` of your own.
+"""Keras on JAX: `compile` and `fit` as before, with your own `train_step`.
 
 When to use it: you train with `model.fit` on Keras' JAX backend.
 
@@ -8,8 +8,8 @@ What to watch out for:
   `msam_optax.value_and_grad`. The loss, the metrics, BatchNorm and the seeds of Dropout
   are those of the clean pass, once per step.
 * Keras optimizers take no `grad_fn`, so the chain with `msam` does not work in `fit`.
-* Do not use Keras' loss scaling (`mixed_float16`): it scales the loss before the
-  perturbation is computed, which changes α. `mixed_bfloat16` needs no scaling.
+* Do not use Keras' loss scaling (`mixed_float16`): the gradient of the scaled loss would
+  reach the perturbation, which changes what α means. `mixed_bfloat16` needs no scaling.
 """
 
 import os

@@ -99,15 +99,15 @@ def init():
 
 
 def play(params):
-  """A rollout in a game of one move: the best action is the largest observation."""
+  """A rollout of a one-step game: reward 1 for the action of the largest observation."""
   rng = np.random.default_rng(1)
   obs = rng.normal(size=(ROLLOUT, 4)).astype(np.float32)
   logits, value = network(params, obs)
   action = rng.integers(ACTIONS, size=ROLLOUT)
   reward = (action == np.argmax(obs[:, :ACTIONS], axis=1)).astype(np.float32)
-  return Transition(
-    obs, action, log_probability(logits, action), value, reward - value, reward
-  )
+  log_prob = log_probability(logits, action)
+  rows = obs, action, log_prob, value, reward - value, reward
+  return Transition(*map(jnp.asarray, rows))
 
 
 def train():

@@ -1,8 +1,8 @@
 """Monge SAM in some steps only: late, early, or every k-th.
 
-When to use it: two gradients per step are too much. SAM in the last few epochs alone
-found about as flat minima as SAM throughout, in the experiments of
-[Zhou et al.](https://arxiv.org/abs/2410.10373).
+When to use it: you cannot afford two gradients in every step. A few epochs of SAM at
+the end of training gave nearly the same generalization and sharpness as SAM throughout
+([Zhou et al., 2024](https://arxiv.org/abs/2410.10373)).
 
 What to watch out for. In a skipped step `optax.conditionally_transform` passes the
 gradient through, and the state of `msam` stays as it was:
@@ -12,11 +12,13 @@ gradient through, and the state of `msam` stays as it was:
   is itself mapped, both branches run in every step.
 * `slope`, `radius` and `rise` are those of the last step with a probe, and zero before
   the first one.
-* `finite` too is that of the last step with a probe. Put `optax.apply_if_finite` around
-  the optimizer behind it: that checks every step.
-* `count` counts the steps with a probe, and so does a schedule of ρ: late SAM begins it
-  at 0, and every k-th step advances it by one. The learning rate's schedule, outside,
-  counts all steps.
+* `finite` also is that of the last step with a probe. Wrap the optimizer behind it in
+  `optax.apply_if_finite`, which checks every step.
+* `count` counts the steps with a probe, and a schedule of ρ follows it: late SAM starts
+  the schedule at 0, and every k-th step advances it by one. For a schedule of training
+  steps give `lambda count: schedule(start + count)` to late SAM, and
+  `lambda count: schedule(k * count)` to every k-th step.
+  The schedule of the learning rate counts all steps as usual.
 """
 
 import jax
