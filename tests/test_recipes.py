@@ -532,8 +532,14 @@ def test_from_torch():
 
 def test_adaptive_sam_of_torch():
   """Its perturbation is ``ρ w² g/‖|w| g‖`` on all parameters, biases included."""
-  w = {'kernel': np.array([[0.5, -2.0]], np.float32), 'bias': np.float32([0.1])}
-  g = {'kernel': np.array([[1.0, 0.25]], np.float32), 'bias': np.float32([-3.0])}
+  w = {
+    'kernel': np.array([[0.5, -2.0]], np.float32),
+    'bias': np.array([0.1], np.float32),
+  }
+  g = {
+    'kernel': np.array([[1.0, 0.25]], np.float32),
+    'bias': np.array([-3.0], np.float32),
+  }
   tx = asam(0.5, eta=0.0, weights=True)
   probe, _ = tx.update(g, tx.init(w), w, grad_fn=lambda probe: probe)
   n = np.sqrt(sum(np.sum((w[k] * g[k]) ** 2) for k in w))

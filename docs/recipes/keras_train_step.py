@@ -8,8 +8,9 @@ What to watch out for:
   `msam_optax.value_and_grad`. The loss, the metrics, BatchNorm and the seeds of Dropout
   are those of the clean pass, once per step.
 * Keras optimizers take no `grad_fn`, so the chain with `msam` does not work in `fit`.
-* Do not use Keras' loss scaling (`mixed_float16`): the gradient of the scaled loss would
-  reach the perturbation, which changes what α means. `mixed_bfloat16` needs no scaling.
+* Do not use Keras' loss scaling (`mixed_float16`): the gradient of the scaled loss
+  would reach the perturbation, which changes what α means. `mixed_bfloat16` needs no
+  scaling.
 """
 
 import os

@@ -99,7 +99,7 @@ def init():
 
 
 def play(params):
-  """A rollout of a one-step game: reward 1 for the action of the largest observation."""
+  """A one-step game: the action of the largest observation has reward 1."""
   rng = np.random.default_rng(1)
   obs = rng.normal(size=(ROLLOUT, 4)).astype(np.float32)
   logits, value = network(params, obs)
