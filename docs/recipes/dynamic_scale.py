@@ -9,7 +9,7 @@ What to watch out for:
   where it is False, and let the scale follow it with `scale_by_both_passes`.
 * `scaled` unscales its gradient in float32, so ρ and α are those of the unscaled loss.
 * The parameters are float32, and the model casts. In float16 small perturbations would
-  round away.
+  vanish.
 """
 
 from flax import linen as nn

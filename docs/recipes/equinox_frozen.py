@@ -7,9 +7,9 @@ What to watch out for:
 * Partition the model by a tree of bools, and call `eqx.combine` inside the loss. The
   optimizer never sees a frozen layer: it is not perturbed, its gradient is in no norm,
   and it needs no optimizer state.
-* The norm is that of the trained layers alone. It is smaller than the
-  norm of the whole gradient, so Monge SAM shortens the perturbation less.
-* Initialize with `tx.init(eqx.filter(model, trained))`. Optax's Adam refuses gradients
+* The norm covers the trained layers alone. It is smaller than the norm of the whole
+  gradient, so Monge SAM shortens the perturbation less.
+* Initialize with `tx.init(eqx.filter(model, is_trained(model)))`. Optax's Adam refuses gradients
   that are None where its own state has an array.
 """
 

@@ -10,9 +10,9 @@ gradient through, and the state of `msam` stays as it was:
 * No second gradient is computed: under `jit` the condition is a branch. Under `vmap`
   it stays one if the optimizer's state is made inside the mapped function. If the state
   is itself mapped, both branches run in every step.
-* `slope`, `radius` and `rise` are those of the last step with a probe, and zero before
+* `slope`, `radius` and `rise` describe the last step with a probe, and are zero before
   the first one.
-* `finite` also is that of the last step with a probe. Wrap the optimizer behind it in
+* `finite` also describes the last step with a probe. Wrap the optimizer behind it in
   `optax.apply_if_finite`, which checks every step.
 * `count` counts the steps with a probe, and a schedule of ρ follows it: late SAM starts
   the schedule at 0, and every k-th step advances it by one. For a schedule of training
