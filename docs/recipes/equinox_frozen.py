@@ -9,8 +9,8 @@ What to watch out for:
   and it needs no optimizer state.
 * The norm covers the trained layers alone. It is smaller than the norm of the whole
   gradient, so Monge SAM shortens the perturbation less.
-* Initialize with `tx.init(eqx.filter(model, is_trained(model)))`. Optax's Adam refuses gradients
-  that are None where its own state has an array.
+* Initialize with `tx.init(eqx.filter(model, is_trained(model)))`. Optax's Adam refuses
+  gradients that are None where its own state has an array.
 """
 
 import equinox as eqx
