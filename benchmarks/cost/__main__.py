@@ -1,0 +1,183 @@
+"""What a step of Monge SAM costs beside the same two gradients written by hand.
+
+Run `python -m benchmarks.cost`. FLOPs, bytes accessed and peak temporaries are XLA's
+own figures for the compiled step (parameters and optimizer state donated), so they are
+exact and do not depend on the machine's load; the times do, and no bar rests on them.
+"""
+
+import argparse
+from collections.abc import Callable
+from collections.abc import Mapping
+import json
+from pathlib import Path
+import statistics
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.common.environment import describe
+from benchmarks.common.networks import conv_net
+from benchmarks.common.networks import Problem
+from benchmarks.common.networks import transformer
+from benchmarks.common.steps import CHAIN
+from benchmarks.common.steps import DROP_IN
+from benchmarks.common.steps import HAND
+from benchmarks.common.steps import OPAQUE
+from benchmarks.common.steps import Step
+from benchmarks.common.steps import STEPS
+from benchmarks.cost.report import markdown
+from benchmarks.cost.report import show
+
+OURS = (CHAIN, DROP_IN)
+RESULTS = Path(__file__).parents[1] / 'results'
+PROBLEMS = {'transformer': transformer, 'conv net': conv_net}
+# What is added is per parameter: it shows most where a step sees little. No bars here.
+SMALLEST = {'transformer, one sequence': lambda: transformer(batch=1)}
+QUICK = {'conv net': lambda: conv_net(size=8, width=8, layers=1, batch=8)}
+
+
+class Bar(NamedTuple):
+  """An upper bound on a figure of this library's steps.
+
+  Attributes:
+    figure: the figure, a key of what :func:`weigh` returns.
+    reference: the step whose figure it is divided by, or None for the figure itself.
+    bound: the largest value allowed.
+  """
+
+  figure: str
+  reference: str | None
+  bound: float
+
+
+BARS = (
+  Bar('flops', HAND, 1.01),
+  Bar('temporaries', HAND, 1.03),
+  Bar('bytes', OPAQUE, 1.03),
+  Bar('state_beyond_adam', None, 1000),
+)
+
+
+def compile_step(step: Step, problem: Problem) -> tuple[Any, dict[str, float]]:
+  """The compiled step with XLA's figures for one step of training."""
+  opt_state = step.tx.init(problem.params)
+  adam_state = STEPS['adam'](problem.loss).tx.init(problem.params)
+  carry = (problem.params, opt_state)
+  start = time.perf_counter()
+  compiled = jax.jit(step.run, donate_argnums=0).lower(carry, problem.batch).compile()
+  seconds = time.perf_counter() - start
+  cost = compiled.cost_analysis()
+  return compiled, {
+    'flops': step.calls * cost['flops'],
+    'bytes': step.calls * cost['bytes accessed'],
+    'temporaries': compiled.memory_analysis().temp_size_in_bytes,
+    'state': _nbytes(opt_state),
+    'state_beyond_adam': _nbytes(opt_state) - _nbytes(adam_state),
+    'compile_s': seconds,
+  }
+
+
+def weigh(
+  problem: Problem, names: tuple[str, ...] = tuple(STEPS), rounds: int = 0
+) -> dict[str, dict[str, float]]:
+  """Figures of each step of training by its name.
+
+  Args:
+    problem: the network whose step is weighed.
+    names: keys of ``STEPS``.
+    rounds: how many times every step is timed, in turns; 0 leaves the times out.
+
+  Returns:
+    For every name the bytes and operations that XLA counts, the bytes of the optimizer
+    state, the seconds to trace and compile and, if ``rounds``, the median ``step_ms``.
+  """
+  figures, loops = {}, {}
+  for name in names:
+    step = STEPS[name](problem.loss)
+    compiled, figures[name] = compile_step(step, problem)
+    loops[name] = _loop(compiled, step, problem)
+  for name, milliseconds in _time_in_turns(loops, rounds).items():
+    figures[name]['step_ms'] = milliseconds
+  return figures
+
+
+def check_bars(figures: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+  """What each bar comes to: step, figure, value, bound, and whether it holds."""
+  rows = []
+  for bar in BARS:
+    for name in OURS:
+      if name not in figures:
+        continue
+      unit = figures[bar.reference][bar.figure] if bar.reference else 1
+      measured = figures[name][bar.figure] / unit
+      holds = measured <= bar.bound
+      rows.append({'step': name, **bar._asdict(), 'measured': measured, 'holds': holds})
+  return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Measures, prints and writes; the exit status says whether all bars hold."""
+  parser = argparse.ArgumentParser(
+    prog='python -m benchmarks.cost', description=__doc__
+  )
+  parser.add_argument('--quick', action='store_true', help='one tiny network, no bars')
+  parser.add_argument('--rounds', type=int, default=15, help='times a step is timed')
+  parser.add_argument('--out', type=Path, default=RESULTS, help='where results go')
+  args = parser.parse_args(argv)
+  rounds = min(args.rounds, 2) if args.quick else args.rounds
+  problems = {}
+  makers: dict[str, Callable[[], Problem]] = (
+    QUICK if args.quick else PROBLEMS | SMALLEST
+  )
+  for name in track(makers, description='compiling and timing', transient=True):
+    problem = makers[name]()
+    figures = weigh(problem, rounds=rounds)
+    bars = check_bars(figures) if name in PROBLEMS and not args.quick else []
+    count = sum(w.size for w in jax.tree.leaves(problem.params))
+    problems[name] = {'parameters': count, 'figures': figures, 'bars': bars}
+  settings = {'quick': args.quick, 'rounds': rounds, 'donated': True}
+  results = {'environment': describe(), 'settings': settings, 'problems': problems}
+  args.out.mkdir(parents=True, exist_ok=True)
+  (args.out / 'cost.json').write_text(json.dumps(results, indent=2) + '\n')
+  (args.out / 'cost.md').write_text(markdown(results))
+  show(results, Console())
+  return int(not all(bar['holds'] for p in problems.values() for bar in p['bars']))
+
+
+def _loop(compiled, step: Step, problem: Problem) -> Callable[[], None]:
+  """A function that takes one step of training, from where the last one ended."""
+  # Copies, because a donated buffer may be given only once, and only by one step.
+  carry = jax.tree.map(jnp.copy, (problem.params, step.tx.init(problem.params)))
+
+  def take_step():
+    nonlocal carry
+    for _ in range(step.calls):
+      carry, value = compiled(carry, problem.batch)
+    value.block_until_ready()
+
+  return take_step
+
+
+def _time_in_turns(loops: Mapping[str, Callable[[], None]], rounds: int):
+  """Median milliseconds of each loop; in turns, so that a slow moment hits them all."""
+  seconds: dict[str, list[float]] = {name: [] for name in loops if rounds}
+  for i in range(rounds + 1 if rounds else 0):
+    for name, loop in loops.items():
+      start = time.perf_counter()
+      loop()
+      if i:  # The first round warms up.
+        seconds[name].append(time.perf_counter() - start)
+  return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
+
+
+def _nbytes(tree: Any) -> int:
+  return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+if __name__ == '__main__':
+  raise SystemExit(main())
