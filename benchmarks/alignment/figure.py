@@ -7,28 +7,15 @@ from typing import Any
 
 from matplotlib.colors import to_rgba
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
-from matplotlib.ticker import NullLocator
 import numpy as np
 
-from benchmarks.alignment.problem import MATCHED
+from benchmarks.alignment.problem import best
+from benchmarks.alignment.problem import choose
+from benchmarks.alignment.problem import has_diverged
 from benchmarks.alignment.problem import PRETRAINED
-from benchmarks.alignment.select import best
-from benchmarks.alignment.select import choose
-from benchmarks.alignment.select import has_diverged
 from benchmarks.common import style
 
 COLOURS = {'SGD': '#2a9d8f', PRETRAINED: '#343a40', **style.COLOURS}
-LOOKS = {
-  'SAM': {'marker': 'o', 'label': 'SAM'},
-  'Monge SAM': {'marker': 's', 'label': 'Monge SAM'},
-  MATCHED: {
-    'marker': '^',
-    'linestyle': '--',
-    'linewidth': 1.6,
-    'label': 'SAM at Monge SAM’s mean radius',
-  },
-}
 LINES = {PRETRAINED: ':', 'SGD': '-.', 'Adam': '-'}
 TICKS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 TITLES = {
@@ -52,12 +39,13 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
   )
   for column, (split, title) in zip(axes.T, TITLES.items(), strict=True):
     rate = best(results['rows'], split, 'Monge SAM')['learning_rate']
-    for method in LOOKS:
+    for method in style.LOOKS:
       rows = choose(results['rows'], split, method)
       chosen = best(rows, split, method)
       at_best = [best(_at(rows, 'rho', rho), split, method) for rho in settings['rhos']]
       _draw_method(column[0], at_best, method, lambda row: row['test']['knn'])
-      _ring(column[0], chosen, method)
+      at = chosen['rho'], np.mean(chosen['test']['knn'])
+      column[0].plot(*at, 'o', color=COLOURS[method], **style.RING)
       _draw_method(
         column[1], _at(rows, 'learning_rate', rate), method, lambda row: row['loss']
       )
@@ -83,7 +71,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     ):
       ax.set_title(text, loc='right', fontsize=9.5, color='#495057')
     column[1].set_ylim(0, 5.3)
-    _rho_axis(column[2], settings['rhos'])
+    rhos = settings['rhos']
+    ticks = [rho for rho in TICKS if min(rhos) <= rho <= max(rhos)]
+    style.draw_rho_axis(column[2], ticks)
   for ax, label in zip(
     axes[:, 0],
     ('alignment, mutual 8-NN on test concepts', 'final training loss', 'learning rate'),
@@ -109,18 +99,11 @@ def _draw_method(ax, rows, method, values):
   runs = np.array([values(row) for row in rows])
   rho, mean = np.array([row['rho'] for row in rows]), runs.mean(axis=1)
   failed, colour = np.array([has_diverged(row) for row in rows]), COLOURS[method]
-  line = {'color': colour, **LOOKS[method]}
+  line = {'color': colour, **style.LOOKS[method]}
   ax.plot(rho, mean, markevery=np.flatnonzero(~failed).tolist(), **line)
-  band = {'color': colour, 'alpha': 0.13, 'linewidth': 0}
-  ax.fill_between(rho, runs.min(axis=1), runs.max(axis=1), **band)
+  style.draw_band(ax, rho, runs.min(axis=1), runs.max(axis=1), colour)
   cross = {'markersize': 8.5, 'markeredgecolor': colour, 'markeredgewidth': 1.4}
   ax.plot(rho[failed], mean[failed], 'X', color='white', **cross)
-
-
-def _ring(ax, row, method):
-  """Round the cell that the validation concepts have chosen."""
-  ring = {'markersize': 13, 'markerfacecolor': 'none', 'markeredgewidth': 1.4}
-  ax.plot(row['rho'], np.mean(row['test']['knn']), 'o', color=COLOURS[method], **ring)
 
 
 def _draw_plain(ax, results, split):
@@ -156,11 +139,3 @@ def _draw_cells(ax, results, split):
   ax.set_yticks(range(len(rates)), [f'{rate:g}' for rate in rates])
   ax.set_ylim(-0.5, len(rates) - 0.5)
   ax.grid(False)
-
-
-def _rho_axis(ax, rhos):
-  ax.set_xscale('log')
-  ax.set_xticks([rho for rho in TICKS if min(rhos) <= rho <= max(rhos)])
-  ax.xaxis.set_major_formatter(FuncFormatter(lambda rho, _: f'{rho:g}'))
-  ax.xaxis.set_minor_locator(NullLocator())
-  ax.set_xlabel('radius ρ')

@@ -1,5 +1,8 @@
-"""A split of the emoji with its pretrained models, and one cell of the grid on it."""
+"""A split of the emoji, a cell of the grid on it, and which cell a method has best."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
+import statistics
 from typing import Any
 from typing import NamedTuple
 
@@ -15,9 +18,12 @@ from benchmarks.alignment.training import evaluate
 from benchmarks.alignment.training import init
 from benchmarks.alignment.training import Settings
 from benchmarks.alignment.training import train
+from benchmarks.common.grid import MATCHED
 
 PRETRAINED = 'pretrained'
-MATCHED = 'SAM, matched'
+# What is chosen by, and whether more of it is better.
+CRITERIA = {'knn': True, 'recall': True, 'loss': False}
+Row = Mapping[str, Any]
 
 
 class Cell(NamedTuple):
@@ -99,3 +105,67 @@ class Problem:
 
 def _numbers(values: Any) -> list[float]:
   return [float(f'{value:.6g}') for value in np.asarray(values)]
+
+
+def mean(values: Sequence[float]) -> float:
+  """The mean over the seeds."""
+  return statistics.fmean(values)
+
+
+def best(rows: Sequence[Row], split: str, method: str, by: str = 'knn') -> Row:
+  """The row of a method with the best mean score on the validation concepts.
+
+  A cell that has diverged is chosen only if there is no other.
+
+  Args:
+    rows: of the results.
+    split: only its rows are looked at.
+    method: likewise.
+    by: one of ``CRITERIA``.
+
+  Returns:
+    The row. What is reported of it is its score on the test concepts.
+  """
+  sign = 1 if CRITERIA[by] else -1
+
+  def score(row):
+    value = sign * mean(row['validation'][by])
+    return not has_diverged(row), value if value == value else -float('inf')
+
+  return max(choose(rows, split, method), key=score)
+
+
+def choose(rows: Sequence[Row], split: str, method: str) -> list[Row]:
+  """The rows of a method on a split."""
+  return [row for row in rows if row['split'] == split and row['method'] == method]
+
+
+def choose_stable(rows: Sequence[Row], split: str, method: str) -> list[Row]:
+  """The same at the learning rates at which SGD does not diverge.
+
+  Where SGD fails as well a radius cannot help, and divergence says nothing of it. If
+  SGD diverges at all of them, as in a run of a few steps, all rows.
+  """
+  sgd, of_method = choose(rows, split, 'SGD'), choose(rows, split, method)
+  stable = {row['learning_rate'] for row in sgd if not has_diverged(row)}
+  return [row for row in of_method if row['learning_rate'] in stable] or of_method
+
+
+def has_diverged(row: Row) -> bool:
+  """Whether a cell counts as diverged: most of its seeds have."""
+  diverged = row.get('diverged', ())
+  return 2 * sum(diverged) > len(diverged)
+
+
+def table_2_rho(rows: Sequence[Row], split: str, rhos: Sequence[float]) -> float:
+  """The radius at which methods are shown to diverge or not over learning rates.
+
+  As in the paper it is one at which SAM diverges at more than half of them, of those
+  at which SGD does not: the smallest such of the grid, or else the largest of the grid.
+  """
+  sam = choose_stable(rows, split, 'SAM')
+  for rho in rhos:
+    failed = [has_diverged(row) for row in sam if row['rho'] == rho]
+    if 2 * sum(failed) > len(failed):
+      return rho
+  return max(rhos)

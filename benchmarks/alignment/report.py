@@ -4,24 +4,21 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import statistics
 from typing import Any
-from typing import NamedTuple
 
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
-
-from benchmarks.alignment.findings import findings
-from benchmarks.alignment.problem import MATCHED
+from benchmarks.alignment.problem import best
+from benchmarks.alignment.problem import choose
+from benchmarks.alignment.problem import choose_stable
+from benchmarks.alignment.problem import CRITERIA
+from benchmarks.alignment.problem import has_diverged
+from benchmarks.alignment.problem import mean
 from benchmarks.alignment.problem import PRETRAINED
-from benchmarks.alignment.select import best
-from benchmarks.alignment.select import choose
-from benchmarks.alignment.select import choose_stable
-from benchmarks.alignment.select import CRITERIA
-from benchmarks.alignment.select import has_diverged
-from benchmarks.alignment.select import mean
-from benchmarks.alignment.select import paired
-from benchmarks.alignment.select import Row
-from benchmarks.alignment.select import table_2_rho
+from benchmarks.alignment.problem import Row
+from benchmarks.alignment.problem import table_2_rho
+from benchmarks.common.grid import MATCHED
+from benchmarks.common.grid import paired
+from benchmarks.common.grid import spread
+from benchmarks.common.tables import Document
+from benchmarks.common.tables import Table
 
 PAPER = {PRETRAINED: 0.351, 'SGD': 0.387, 'Adam': 0.388, 'SAM': 0.405}
 PAPER['Monge SAM'] = 0.446
@@ -37,61 +34,25 @@ NOTE = (
   ' in one batch, the training loss is the mean of the last 20 batches. n is the'
   ' gradient norm, α = 1. "SAM, matched" is SAM with the mean radius that Monge SAM'
   ' has had at this learning rate and ρ. A run has diverged if its training loss ends'
-  ' above .85 ln 128 = 4.12 or is not finite, a cell (†) if most of its seeds have, and'
-  ' then it is not chosen.'
+  ' above 0.85 ln 128 = 4.12 or is not finite, a cell (†) if most of its seeds have;'
+  ' such a cell is not chosen.'
 )
 
 
-class Table(NamedTuple):
-  """A table to be printed or written: its caption, head and rows of strings."""
-
-  caption: str
-  head: Sequence[str]
-  rows: Sequence[Sequence[str]]
-
-
-def tables(results: Mapping[str, Any]) -> list[Table]:
-  """Tables 1 to 3 of the paper, and what the other criteria choose, by split."""
+def report(results: Mapping[str, Any]) -> Document:
+  """Tables 1 to 3 of the paper, and what the controls add, by split."""
   rows, settings = results['rows'], results['settings']
-  made = []
+  made: list[str | Table] = [_setting(results), NOTE]
   for split, what in SPLITS.items():
     made += [
       _table_1(rows, split, what),
       _table_2(rows, split, settings),
       _table_3(rows, split, settings),
-      _table_4(rows, split),
+      _reach(rows, split, settings),
+      _best(rows, split),
+      _cell_by_cell(rows, split),
     ]
   return made
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-  """Everything, for reading on the web."""
-  lines = ['# Cross-modal alignment: the paper’s Tables 1 to 3', '']
-  lines += [_setting(results), '', ' '.join(findings(results)), '', NOTE, '']
-  for table in tables(results):
-    lines += [f'**{table.caption}**', '', _line(table.head)]
-    lines += [_line([':--'] + ['--:'] * (len(table.head) - 1))]
-    lines += [*map(_line, table.rows), '']
-  lines += ['![Loss and alignment](alignment.png)', '']
-  lines += ['![Embeddings](alignment_embeddings.png)', '']
-  return '\n'.join(lines)
-
-
-def show(results: Mapping[str, Any], console: Console) -> None:
-  """Prints the same."""
-  console.print(_setting(results), highlight=False, markup=False)
-  for table in tables(results):
-    console.print(f'\n{table.caption}', highlight=False, markup=False)
-    printed = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in table.head:
-      align = 'left' if column == table.head[0] else 'right'
-      printed.add_column(column, justify=align, no_wrap=True)
-    for row in table.rows:
-      printed.add_row(*row)
-    console.print(printed)
-  console.print(NOTE, highlight=False, markup=False)
-  for sentence in findings(results):
-    console.print(f'• {sentence}', highlight=False, markup=False)
 
 
 def _table_1(rows: Sequence[Row], split: str, what: str) -> Table:
@@ -151,28 +112,70 @@ def _table_3(rows: Sequence[Row], split: str, settings: Mapping[str, Any]) -> Ta
   return Table(caption, ['method', 'lr', *(f'{r:g}' for r in settings['rhos'])], lines)
 
 
-def _table_4(rows: Sequence[Row], split: str) -> Table:
+def _reach(rows: Sequence[Row], split: str, settings: Mapping[str, Any]) -> Table:
+  """The largest rho of the grid that does not diverge, by learning rate."""
+  rates = settings['sgd_rates']
+  found = [_largest(rows, split, method) for method in ('SAM', 'Monge SAM')]
+  lines = [
+    [method, *(_number(largest.get(rate)) for rate in rates)]
+    for method, largest in zip(('SAM', 'Monge SAM'), found, strict=True)
+  ]
+  sam, monge = found
+  both = {rate: f'{monge[rate] / sam[rate]:.1f}' for rate in sam if rate in monge}
+  lines.append(['ratio', *(both.get(rate, '') for rate in rates)])
+  head = ['method', *(f'lr {rate:g}' for rate in rates)]
+  return Table(f'Control, {split}: the largest ρ without divergence', head, lines)
+
+
+def _largest(rows: Sequence[Row], split: str, method: str) -> dict[float, float]:
+  largest: dict[float, float] = {}
+  for row in choose(rows, split, method):
+    if not has_diverged(row):
+      rate = row['learning_rate']
+      largest[rate] = max(row['rho'], largest.get(rate, 0.0))
+  return largest
+
+
+def _best(rows: Sequence[Row], split: str) -> Table:
   """Each method at its own best, by each of the criteria, on the test concepts."""
   lines = []
   for by in CRITERIA:
     chosen = {method: best(rows, split, method, by) for method in METHODS}
     for other in ('SAM', MATCHED):
-      gap, error = paired(chosen['Monge SAM'], chosen[other], by)
+      pair = (chosen[method]['test'][by] for method in ('Monge SAM', other))
       lines.append(
         [
           {'knn': 'alignment', 'recall': 'recall@1', 'loss': 'test loss'}[by],
           _at(chosen['Monge SAM'], by),
           other,
           _at(chosen[other], by),
-          f'{gap:+.4f} ± {error:.4f}',
+          paired(*pair).text(4),
         ]
       )
   caption = (
     f'Control, {split}: each method at its own best learning rate and ρ, chosen on'
     ' validation concepts by the measure that is shown (difference ± standard error,'
-    ' paired by seed)'
+    ' paired by seed; * above two standard errors)'
   )
   return Table(caption, ['measure', 'Monge SAM', 'other', '', 'difference'], lines)
+
+
+def _cell_by_cell(rows: Sequence[Row], split: str) -> Table:
+  """Monge SAM against SAM at the same rho, and at the same mean radius."""
+
+  def at(method):
+    stable = choose_stable(rows, split, method)
+    return {(row['learning_rate'], row['rho']): row for row in stable}
+
+  monge, lines = at('Monge SAM'), []
+  for method in ('SAM', MATCHED):
+    pairs = [(row, at(method)[place]) for place, row in monge.items()]
+    apart = sum(has_diverged(a) != has_diverged(b) for a, b in pairs)
+    gaps = [abs(mean(a['test']['knn']) - mean(b['test']['knn'])) for a, b in pairs]
+    lines.append([method, f'{apart} of {len(pairs)}', f'{statistics.median(gaps):.3f}'])
+  caption = f'Control, {split}: Monge SAM and another method in the same cells'
+  head = ['other', 'only one diverges', 'median difference in alignment']
+  return Table(caption, head, lines)
 
 
 def _setting(results: Mapping[str, Any]) -> str:
@@ -195,13 +198,8 @@ def _loss(row: Row) -> str:
 
 
 def _spread(values: Sequence[float], scale: float = 1, digits: int = 3) -> str:
-  sd = statistics.stdev(values) if len(values) > 1 else 0.0
-  return f'{scale * mean(values):.{digits}f} ± {scale * sd:.{digits}f}'
+  return f'{scale * mean(values):.{digits}f} ± {scale * spread(values):.{digits}f}'
 
 
 def _number(value: float | None) -> str:
   return '' if value is None else f'{value:g}'
-
-
-def _line(cells: Sequence[str]) -> str:
-  return f'| {" | ".join(cells)} |'

@@ -6,28 +6,20 @@ import statistics
 from typing import Any
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
-from matplotlib.ticker import NullLocator
 import numpy as np
 
-from benchmarks.bad_minimum.findings import most_different
 from benchmarks.bad_minimum.methods import LE_SAM
-from benchmarks.bad_minimum.methods import MATCHED
-from benchmarks.bad_minimum.methods import MONGE
-from benchmarks.bad_minimum.methods import SAM
 from benchmarks.bad_minimum.methods import SGD
 from benchmarks.common import style
+from benchmarks.common.grid import MATCHED
+from benchmarks.common.grid import MONGE
+from benchmarks.common.grid import paired
+from benchmarks.common.grid import SAM
 
-COLOURS = {SGD: '#6c757d', LE_SAM: '#7b3294', **style.COLOURS}
-CONTROL = {'linestyle': '--', 'linewidth': 1.5, 'markerfacecolor': 'white'}
-LOOKS = {
-  LE_SAM: {'marker': 'D', **CONTROL, 'label': 'LE-SAM (hard radius)'},
-  MATCHED: {'marker': '^', **CONTROL, 'label': 'SAM at Monge SAM’s mean radius'},
-  SAM: {'marker': 'o'},
-  MONGE: {'marker': 's'},
-}
+COLOURS = {SGD: style.COLOURS['Adam'], **style.COLOURS}
+LE_LOOK = {'marker': 'D', 'label': 'LE-SAM (hard radius)', **style.CONTROL}
+LOOKS = {LE_SAM: LE_LOOK, **style.LOOKS}
 ORDER = (SAM, MONGE, LE_SAM, MATCHED)
-RING = {'markersize': 13, 'markerfacecolor': 'none', 'markeredgewidth': 1.4}
 PANELS = (
   ('test', 'test accuracy, %', 100),
   ('train', 'training accuracy, %', 100),
@@ -86,6 +78,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
   plt.close(fig)
 
 
+def most_different(results: Mapping[str, Any]) -> float:
+  """The rho where SAM and Monge SAM differ most, none being beyond its best one."""
+  rows = {(row['method'], row['rho']): row for row in results['rows']}
+  end = min(results['best'][SAM], results['best'][MONGE])
+  rhos = [rho for rho in results['settings']['rhos'] if rho <= end]
+  runs = lambda method, rho: rows[method, rho]['test']['runs']
+  return max(rhos, key=lambda rho: abs(paired(runs(SAM, rho), runs(MONGE, rho)).mean))
+
+
 def _draw_rhos(ax, results, part):
   """All methods against rho; SGD and the two starts as level lines."""
   rhos = results['settings']['rhos']
@@ -97,25 +98,21 @@ def _draw_rhos(ax, results, part):
     ax.axhline(level, color='#212529', linestyle=dashes, linewidth=1.2, label=label)
   (sgd,) = (row for row in results['rows'] if row['method'] == SGD)
   mean, se = 100 * sgd[part]['mean'], 100 * sgd[part]['se']
-  ax.axhline(mean, color=COLOURS[SGD], linewidth=2.0, label=SGD, zorder=1)
-  ax.axhspan(mean - se, mean + se, color=COLOURS[SGD], alpha=0.15, linewidth=0)
+  style.draw_level(ax, mean, se, SGD, COLOURS[SGD])
   for method in ORDER:
     rows = [row for row in results['rows'] if row['method'] == method]
     mean, se = (np.array([100 * row[part][k] for row in rows]) for k in ('mean', 'se'))
     colour = COLOURS[method]
-    look = {'label': method, **LOOKS[method]}
-    ax.plot(rhos, mean, color=colour, zorder=2 + (method == MONGE), **look)
-    ax.fill_between(rhos, mean - se, mean + se, color=colour, alpha=0.15, linewidth=0)
+    ax.plot(rhos, mean, color=colour, zorder=2 + (method == MONGE), **LOOKS[method])
+    style.draw_band(ax, rhos, mean - se, mean + se, colour)
     if part == 'test':
       best = rhos.index(results['best'][method])
-      ax.plot(rhos[best], mean[best], 'o', color=colour, **RING)
+      ax.plot(rhos[best], mean[best], 'o', color=colour, **style.RING)
   if part == 'test':
-    ax.plot([], [], 'o', color='#343a40', label='chosen on validation images', **RING)
-  ax.set_xscale('log')
-  ax.set_xticks(rhos)
-  ax.xaxis.set_major_formatter(FuncFormatter(lambda rho, _: f'{rho:g}'))
-  ax.xaxis.set_minor_locator(NullLocator())
-  ax.set_xlabel('radius ρ')
+    ax.plot(
+      [], [], 'o', color='#343a40', label='chosen on validation images', **style.RING
+    )
+  style.draw_rho_axis(ax, rhos)
 
 
 def _draw_curve(ax, results, method, rho, name, scale):
@@ -135,7 +132,6 @@ def _draw_curve(ax, results, method, rho, name, scale):
   mean, se = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
   style_of = {k: v for k, v in LOOKS.get(method, {}).items() if k.startswith('line')}
   ax.plot(epochs, mean, color=COLOURS[method], **{'linewidth': 1.8, **style_of})
-  low = np.maximum(mean - se, mean / 3)
-  ax.fill_between(
-    epochs, low, mean + se, color=COLOURS[method], alpha=0.13, linewidth=0
+  style.draw_band(
+    ax, epochs, np.maximum(mean - se, mean / 3), mean + se, COLOURS[method]
   )

@@ -15,13 +15,15 @@ import functools
 import jax
 import optax
 
+from benchmarks.common.grid import MATCHED
+from benchmarks.common.grid import MONGE
+from benchmarks.common.grid import SAM
 from msam_optax import capped
 from msam_optax import msam
 from msam_optax import sam
 from msam_optax import sharpness_aware
 
-SGD, SAM, MONGE, LE_SAM = 'SGD', 'SAM', 'Monge SAM', 'LE-SAM'
-MATCHED = 'SAM, matched'
+SGD, LE_SAM = 'SGD', 'LE-SAM'
 
 
 def le_sam(rho: float | jax.Array, alpha: float | jax.Array = 1.0):

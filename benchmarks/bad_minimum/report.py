@@ -1,15 +1,14 @@
-"""The table of `benchmarks.bad_minimum`."""
+"""The tables of `benchmarks.bad_minimum`."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
-import math
-import statistics
 from typing import Any
 
-from benchmarks.bad_minimum.findings import STAYED
-from benchmarks.common.tables import Report
-
-Row = Mapping[str, Any]
+from benchmarks.bad_minimum.methods import LE_SAM
+from benchmarks.bad_minimum.methods import SGD
+from benchmarks.common import grid
+from benchmarks.common.tables import Document
+from benchmarks.common.tables import Table
 
 NUMBERS = (
   *('train', 'validation', 'test', 'lowest', 'factor', 'shrink', 'radius'),
@@ -19,46 +18,32 @@ HEAD = (
   *('method', 'rho', 'radius', 'train %', 'lowest', 'validation %', 'test %'),
   *('√(1+α²n²)', 'n median', 'n largest'),
 )
-NARROW = ('method', 'rho', 'radius', 'train %', 'lowest', 'test %', '√(1+α²n²)')
+PAIRS = (
+  (grid.SAM, SGD),
+  (grid.MONGE, SGD),
+  (grid.SAM, grid.MONGE),
+  (grid.MONGE, LE_SAM),
+  (grid.MONGE, grid.MATCHED),
+)
 NOTE = (
   'Accuracies in per cent, mean ± standard error over the seeds. train: on the rightly'
   ' labelled images, which are fine-tuned on; lowest: the lowest such accuracy seen in'
-  f' a run (below {100 * STAYED:.0f} % it has left the valley). n is the norm of the'
-  ' gradient of a batch; radius (mean ‖δ‖) and √(1+α²n²) are means over all steps, n'
-  ' median and n largest are over the steps of a run; all are means over the seeds.'
-  ' "SAM, matched" is SAM with the mean radius that Monge SAM has had at this rho;'
-  ' LE-SAM has the radius min(ρ, ρ/(αn)). The rho with the best mean validation'
-  ' accuracy is marked *.'
+  ' a run (below 99 % it has left the valley). n is the norm of the gradient of a'
+  ' batch; radius (mean ‖δ‖) and √(1+α²n²) are means over all steps, n median and n'
+  ' largest are over the steps of a run; all are means over the seeds. "SAM, matched"'
+  ' is SAM with the mean radius that Monge SAM has had at this rho; LE-SAM has the'
+  ' radius min(ρ, ρ/(αn)). A star marks the rho with the best mean validation accuracy.'
 )
 
 
-def summarize(cell: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-  """A cell with its runs: mean and standard error of each number, and all curves."""
-  row: dict[str, Any] = dict(cell)
-  for name in NUMBERS:
-    values = [run[name] for run in runs]
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    row[name] = {
-      'mean': statistics.mean(values),
-      'se': spread / math.sqrt(len(values)),
-      'runs': values,
-    }
-  row['curves'] = [run['curves'] for run in runs]
-  return row
+def summarize(cell: grid.Cell, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """A cell with its runs: a summary of each number, and all curves."""
+  numbers = [{name: run[name] for name in NUMBERS} for run in runs]
+  return grid.summarize(cell, numbers) | {'curves': [run['curves'] for run in runs]}
 
 
-def best_rhos(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-  """The rho of each method with the highest mean accuracy on the validation images."""
-  best: dict[str, dict[str, Any]] = {}
-  for row in rows:
-    leader = best.setdefault(row['method'], row)
-    if row['validation']['mean'] > leader['validation']['mean']:
-      best[row['method']] = row
-  return {method: row['rho'] for method, row in best.items()}
-
-
-def report(results: Mapping[str, Any], columns: Sequence[str] = HEAD) -> Report:
-  """The table, what it shows, and what it was measured with."""
+def report(results: Mapping[str, Any]) -> Document:
+  """The starts, all cells, how the methods differ, and what it was measured with."""
   s, machine = results['settings'], results['environment']
   caption = (
     f'ResNet-8 (width {s["width"]}) on Fashion-MNIST: {s["train"]} rightly labelled'
@@ -68,14 +53,31 @@ def report(results: Mapping[str, Any], columns: Sequence[str] = HEAD) -> Report:
     f' {results["setting"]} setting.'
   )
   took = (
-    f'It took {_minutes(results, "cpu_seconds")} minutes of processor time and'
+    f'{_minutes(results, "cpu_seconds")} minutes of processor time,'
     f' {_minutes(results, "seconds")} by the clock, on {machine["cores"]} cores'
     f' ({machine["device"]}, {machine["machine"]}; JAX {machine["jax"]}, Optax'
-    f' {machine["optax"]}, Flax {machine["flax"]}), which may have had other work, too.'
+    f' {machine["optax"]}, Flax {machine["flax"]}), which may have had other work.'
   )
-  rows = [dict(zip(HEAD, _cells(results, row), strict=True)) for row in results['rows']]
-  lines = [[row[column] for column in columns] for row in rows]
-  return Report(caption, columns, lines, NOTE, [*results['findings'], took])
+  cells = Table('', HEAD, [_cells(results, row) for row in results['rows']])
+  return [
+    caption,
+    _starts(results),
+    cells,
+    NOTE,
+    grid.differences(results, PAIRS),
+    took,
+  ]
+
+
+def _starts(results: Mapping[str, Any]) -> Table:
+  """What fine-tuning starts from, and the same net trained without wrong labels."""
+  looks = {'bad start': 'starts', 'trained without wrong labels': 'fresh'}
+  parts = {'train': 'right labels %', 'wrong': 'wrong labels %', 'test': 'test %'}
+  lines = []
+  for name, key in looks.items():
+    numbers = [grid.summary([look[part] for look in results[key]]) for part in parts]
+    lines.append([name, *(grid.percent(number, 'se') for number in numbers)])
+  return Table('Before fine-tuning', ['', *parts.values()], lines)
 
 
 def _minutes(results: Mapping[str, Any], clock: str) -> str:
@@ -85,26 +87,17 @@ def _minutes(results: Mapping[str, Any], clock: str) -> str:
   return f'{(starts + runs) / 60:.0f}'
 
 
-def _cells(results: Mapping[str, Any], row: Row) -> list[str]:
+def _cells(results: Mapping[str, Any], row: grid.Row) -> list[str]:
   """One line of the table; SGD has neither rho nor radius."""
-  rho, radius = '', ''
-  if row['rho'] is not None:
-    best = '* ' if results['best'][row['method']] == row['rho'] else ''
-    rho = f'{best}{row["rho"]:g}'
-    radius = f'{row["radius"]["mean"]:.3f}'
   return [
     row['method'],
-    rho,
-    radius,
-    _percent(row['train']),
+    grid.star_rho(results, row),
+    '' if row['rho'] is None else f'{row["radius"]["mean"]:.3f}',
+    grid.percent(row['train'], 'se'),
     f'{100 * row["lowest"]["mean"]:.1f}',
-    _percent(row['validation']),
-    _percent(row['test']),
+    grid.percent(row['validation'], 'se'),
+    grid.percent(row['test'], 'se'),
     f'{row["factor"]["mean"]:.2f}',
     f'{row["median_slope"]["mean"]:.2f}',
     f'{row["largest_slope"]["mean"]:.1f}',
   ]
-
-
-def _percent(number: Mapping[str, float]) -> str:
-  return f'{100 * number["mean"]:.1f} ± {100 * number["se"]:.1f}'

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.bad_minimum.data import CLASSES
-from benchmarks.bad_minimum.data import Parts
-from benchmarks.bad_minimum.model import ResNet
+from benchmarks.bad_minimum.problem import CLASSES
+from benchmarks.bad_minimum.problem import Parts
+from benchmarks.bad_minimum.problem import ResNet
 from benchmarks.bad_minimum.settings import Settings
+from benchmarks.common.storage import write_whole
 from msam_optax import flax_nnx
 
 
@@ -164,3 +166,23 @@ def _look(model: ResNet, parts: Parts, epoch: int) -> dict[str, float]:
 
 def _asdict(parts: Parts):
   return parts._asdict().items()
+
+
+def save_params(path: Path, model: nnx.Module) -> None:
+  """Stores a model's parameters, whole or not at all."""
+  leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+
+  def write(part):
+    with part.open('wb') as file:
+      np.savez(file, *leaves)
+
+  write_whole(path, write)
+
+
+def load_params(path: Path, model: nnx.Module) -> nnx.Module:
+  """The model with the stored parameters; changes it."""
+  state = nnx.state(model, nnx.Param)
+  with np.load(path) as file:
+    leaves = [jnp.asarray(file[name]) for name in file.files]
+  nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), leaves))
+  return model

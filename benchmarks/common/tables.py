@@ -1,49 +1,40 @@
-"""A table with what its numbers say, on the terminal and in Markdown."""
+"""Results as text: paragraphs and tables, in Markdown.
+
+A document is a sequence of paragraphs and tables, in their order. It is made once and
+both written (`markdown`) and printed (`benchmarks.common.terminal.show`).
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-
-class Report(NamedTuple):
-  """What is printed, or written: all of it is text.
+class Table(NamedTuple):
+  """A table of text.
 
   Attributes:
-    caption: what was done.
+    title: what it shows; may be empty.
     head: the names of the columns; the first is of words, the others are of numbers.
-    lines: the rows of the table, cell by cell.
-    note: what the columns are.
-    findings: what the numbers say, in sentences.
+    rows: cell by cell.
   """
 
-  caption: str
+  title: str
   head: Sequence[str]
-  lines: Sequence[Sequence[str]]
-  note: str
-  findings: Sequence[str]
+  rows: Sequence[Sequence[str]]
 
 
-def show(report: Report, console: Console) -> None:
-  """Prints it, with a gap in the table wherever the first column changes."""
-  console.print(report.caption, highlight=False)
-  table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-  for i, column in enumerate(report.head):
-    table.add_column(column, justify='right' if i else 'left', no_wrap=True)
-  for line, following in zip(report.lines, [*report.lines[1:], ['']], strict=True):
-    table.add_row(*line, end_section=line[0] != following[0])
-  console.print(table)
-  console.print(report.note, highlight=False, markup=False)
-  for sentence in report.findings:
-    console.print(f'• {sentence}', highlight=False, markup=False)
+Document = Sequence[str | Table]
 
 
-def markdown(report: Report) -> str:
-  """The same as Markdown."""
-  rule = ['---'] + ['---:'] * (len(report.head) - 1)
-  table = [f'| {" | ".join(line)} |' for line in (report.head, rule, *report.lines)]
-  found = [f'* {sentence}' for sentence in report.findings]
-  note = report.note.replace('*', r'\*')
-  return '\n'.join([f'{report.caption}\n', *table, '', note, '', *found, ''])
+def markdown(document: Document) -> str:
+  """The whole document, for reading on the web."""
+  return (
+    '\n\n'.join(part if isinstance(part, str) else _table(part) for part in document)
+    + '\n'
+  )
+
+
+def _table(table: Table) -> str:
+  rule = ['---'] + ['---:'] * (len(table.head) - 1)
+  lines = (table.head, rule, *table.rows)
+  lines = [f'| {" | ".join(line)} |'.replace('\n', ' ') for line in lines]
+  return '\n'.join(([f'**{table.title}**', ''] if table.title else []) + lines)

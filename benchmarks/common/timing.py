@@ -1,7 +1,10 @@
 """Times of several things in turns, and what they come to."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
+import math
+import statistics
 import time
 import traceback
 from typing import NamedTuple
@@ -25,7 +28,10 @@ class Timing(NamedTuple):
 
 
 def time_in_turns(
-  loops: dict[str, Callable[[], None]], *, rounds: int, left: Callable[[], float]
+  loops: dict[str, Callable[[], None]],
+  *,
+  rounds: int,
+  left: Callable[[], float] = lambda: math.inf,
 ) -> Timing:
   """Times each loop once a round, so that a slow moment hits them all.
 
@@ -54,6 +60,19 @@ def time_in_turns(
       if turn >= WARM_UP:
         seconds[name].append(time.perf_counter() - start)
   return Timing(seconds, failures)
+
+
+def milliseconds(
+  loops: Mapping[str, Callable[[], None]], rounds: int, steps: int = 1
+) -> dict[str, float]:
+  """Median milliseconds per step, of loops that take ``steps`` and must not raise."""
+  timing = time_in_turns(dict(loops), rounds=rounds)
+  if timing.failures:
+    raise RuntimeError(f'Not timed: {timing.failures}')
+  return {
+    name: 1000 * statistics.median(seconds) / steps
+    for name, seconds in timing.seconds.items()
+  }
 
 
 def rotated(names: list[str], turn: int) -> list[str]:

@@ -5,21 +5,17 @@ own figures for the compiled step (parameters and optimizer state donated), so t
 exact and do not depend on the machine's load; the times do, and no bar rests on them.
 """
 
-import argparse
 from collections.abc import Callable
 from collections.abc import Mapping
-import json
-from pathlib import Path
-import statistics
 import time
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import track
 
+from benchmarks.common.command import make_parser
+from benchmarks.common.command import publish
 from benchmarks.common.environment import describe
 from benchmarks.common.networks import conv_net
 from benchmarks.common.networks import Problem
@@ -30,15 +26,26 @@ from benchmarks.common.steps import HAND
 from benchmarks.common.steps import OPAQUE
 from benchmarks.common.steps import Step
 from benchmarks.common.steps import STEPS
-from benchmarks.cost.report import markdown
-from benchmarks.cost.report import show
+from benchmarks.common.tables import Document
+from benchmarks.common.tables import Table
+from benchmarks.common.terminal import progress
+from benchmarks.common.timing import milliseconds
 
 OURS = (CHAIN, DROP_IN)
-RESULTS = Path(__file__).parents[1] / 'results'
 PROBLEMS = {'transformer': transformer, 'conv net': conv_net}
 # What is added is per parameter: it shows most where a step sees little. No bars here.
 SMALLEST = {'transformer, one sequence': lambda: transformer(batch=1)}
 QUICK = {'conv net': lambda: conv_net(size=8, width=8, layers=1, batch=8)}
+
+HEAD = ('step', 'FLOPs', 'bytes', '/ opaque', 'temps', 'state kB', 'compile')
+NOTE = (
+  'Ratios to the two gradients written by hand; "/ opaque" is bytes accessed as a ratio'
+  ' to optax.contrib.sam in opaque mode; state is what the optimizer carries beyond'
+  ' Adam alone. contrib.sam is plain SAM, and in transparent mode a step of training is'
+  ' two calls: its FLOPs, bytes and time are the sum of both. Parameters and optimizer'
+  ' state are donated. The compile time is of one run; the time of a step is the median'
+  ' of interleaved rounds.'
+)
 
 
 class Bar(NamedTuple):
@@ -101,8 +108,8 @@ def weigh(
     step = STEPS[name](problem.loss)
     compiled, figures[name] = compile_step(step, problem)
     loops[name] = _loop(compiled, step, problem)
-  for name, milliseconds in _time_in_turns(loops, rounds).items():
-    figures[name]['step_ms'] = milliseconds
+  for name, time_of in (milliseconds(loops, rounds) if rounds else {}).items():
+    figures[name]['step_ms'] = time_of
   return figures
 
 
@@ -122,31 +129,81 @@ def check_bars(figures: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any
 
 def main(argv: list[str] | None = None) -> int:
   """Measures, prints and writes; the exit status says whether all bars hold."""
-  parser = argparse.ArgumentParser(
-    prog='python -m benchmarks.cost', description=__doc__
-  )
+  parser = make_parser('cost', __doc__)
   parser.add_argument('--quick', action='store_true', help='one tiny network, no bars')
   parser.add_argument('--rounds', type=int, default=15, help='times a step is timed')
-  parser.add_argument('--out', type=Path, default=RESULTS, help='where results go')
   args = parser.parse_args(argv)
   rounds = min(args.rounds, 2) if args.quick else args.rounds
   problems = {}
   makers: dict[str, Callable[[], Problem]] = (
     QUICK if args.quick else PROBLEMS | SMALLEST
   )
-  for name in track(makers, description='compiling and timing', transient=True):
-    problem = makers[name]()
-    figures = weigh(problem, rounds=rounds)
-    bars = check_bars(figures) if name in PROBLEMS and not args.quick else []
-    count = sum(w.size for w in jax.tree.leaves(problem.params))
-    problems[name] = {'parameters': count, 'figures': figures, 'bars': bars}
+  with progress(len(makers)) as tell:
+    for name, make in makers.items():
+      tell(name)
+      problem = make()
+      figures = weigh(problem, rounds=rounds)
+      bars = check_bars(figures) if name in PROBLEMS and not args.quick else []
+      count = sum(w.size for w in jax.tree.leaves(problem.params))
+      problems[name] = {'parameters': count, 'figures': figures, 'bars': bars}
   settings = {'quick': args.quick, 'rounds': rounds, 'donated': True}
   results = {'environment': describe(), 'settings': settings, 'problems': problems}
-  args.out.mkdir(parents=True, exist_ok=True)
-  (args.out / 'cost.json').write_text(json.dumps(results, indent=2) + '\n')
-  (args.out / 'cost.md').write_text(markdown(results))
-  show(results, Console())
+  publish(args.out / 'cost', results, report(results))
   return int(not all(bar['holds'] for p in problems.values() for bar in p['bars']))
+
+
+def report(results: Mapping[str, Any]) -> Document:
+  """A table for each network, in ratios to the step by hand, and the bars."""
+  problems = results['problems'].items()
+  tables = [
+    Table(f'{name} ({_caption(problem)})', *_table(problem['figures']))
+    for name, problem in problems
+  ]
+  bars = [_bar(name, bar) for name, problem in problems for bar in problem['bars']]
+  head = ['network', 'step', 'figure', 'measured', 'at most', '']
+  return [*tables, NOTE, *([Table('Bars', head, bars)] if bars else [])]
+
+
+def _table(figures: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[Any]]:
+  """Head and rows of one network."""
+  timed = ['time'] if 'step_ms' in figures[HAND] else []
+  rows = []
+  for name, f in figures.items():
+    ratio = lambda figure, to=HAND, f=f: f[figure] / figures[to][figure]
+    row = [
+      name,
+      f'{ratio("flops"):.4f}',
+      f'{ratio("bytes"):.4f}',
+      f'{ratio("bytes", OPAQUE):.4f}',
+      f'{ratio("temporaries"):.4f}',
+      f'{f["state_beyond_adam"] / 1000:,.2f}',
+      f'{ratio("compile_s"):.2f}',
+    ]
+    rows.append(row + ([f'{ratio("step_ms"):.2f}'] if timed else []))
+  return [*HEAD, *timed], rows
+
+
+def _bar(name: str, bar: Mapping[str, Any]) -> list[str]:
+  figure = ' / '.join(filter(None, (bar['figure'], bar['reference'])))
+  measured, bound = f'{bar["measured"]:.6g}', f'{bar["bound"]:g}'
+  return [
+    name,
+    bar['step'],
+    figure,
+    measured,
+    bound,
+    '' if bar['holds'] else 'EXCEEDED',
+  ]
+
+
+def _caption(problem: Mapping[str, Any]) -> str:
+  hand = problem['figures'][HAND]
+  milliseconds = f', {hand["step_ms"]:.0f} ms a step' if 'step_ms' in hand else ''
+  return (
+    f'{problem["parameters"]:,} parameters; by hand {hand["flops"] / 1e6:,.0f} MFLOP,'
+    f' {hand["bytes"] / 1e6:,.0f} MB accessed, {hand["temporaries"] / 1e6:.1f} MB'
+    f' temporaries, {hand["compile_s"]:.1f} s to compile{milliseconds}'
+  )
 
 
 def _loop(compiled, step: Step, problem: Problem) -> Callable[[], None]:
@@ -161,18 +218,6 @@ def _loop(compiled, step: Step, problem: Problem) -> Callable[[], None]:
     value.block_until_ready()
 
   return take_step
-
-
-def _time_in_turns(loops: Mapping[str, Callable[[], None]], rounds: int):
-  """Median milliseconds of each loop; in turns, so that a slow moment hits them all."""
-  seconds: dict[str, list[float]] = {name: [] for name in loops if rounds}
-  for i in range(rounds + 1 if rounds else 0):
-    for name, loop in loops.items():
-      start = time.perf_counter()
-      loop()
-      if i:  # The first round warms up.
-        seconds[name].append(time.perf_counter() - start)
-  return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
 
 
 def _nbytes(tree: Any) -> int:

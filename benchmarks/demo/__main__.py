@@ -7,49 +7,43 @@ All methods have the same grid of radii. SAM is run once more at the mean radius
 Monge SAM has really used: is Monge SAM more than SAM with a smaller radius?
 """
 
-import argparse
+from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
-import json
-from pathlib import Path
-import statistics
+from collections.abc import Mapping
 import time
 from typing import Any
-from typing import NamedTuple
 
-from rich.console import Console
+import jax
 
+from benchmarks.common import grid
+from benchmarks.common.command import make_parser
+from benchmarks.common.command import publish
 from benchmarks.common.environment import describe
-from benchmarks.common.progress import progress_bar
-from benchmarks.common.tables import markdown
-from benchmarks.common.tables import show
-from benchmarks.demo.data import split_digits
+from benchmarks.common.tables import Document
+from benchmarks.common.tables import Table
+from benchmarks.common.terminal import progress
+from benchmarks.common.timing import milliseconds
 from benchmarks.demo.figure import draw
-from benchmarks.demo.report import findings
-from benchmarks.demo.report import report
 from benchmarks.demo.training import optimizers
 from benchmarks.demo.training import Settings
+from benchmarks.demo.training import split_digits
 from benchmarks.demo.training import start
 from benchmarks.demo.training import train
 
-RESULTS = Path(__file__).parents[1] / 'results'
 RHOS = (0.05, 0.08, 0.125, 0.2, 0.32, 0.5, 0.8, 1.25, 2.0, 3.2)
 SEEDS = (0, 1, 2)
-MATCHED = 'SAM, matched'
-
-
-class Cell(NamedTuple):
-  """One line of the table.
-
-  Attributes:
-    method: a key of ``optimizers``, or ``MATCHED``.
-    rho: its place on the grid; None for Adam.
-    radius: the ``rho`` given to the method; differs from ``rho`` where matched.
-  """
-
-  method: str
-  rho: float | None
-  radius: float | None
+TIMED = 20  # steps each time
+ADAM, SAM, MONGE, MATCHED = 'Adam', grid.SAM, grid.MONGE, grid.MATCHED
+HEAD = ('method', 'rho', 'radius', 'test %', 'validation', '√(1+α²n²)', 'rise', 'time')
+PAIRS = ((SAM, ADAM), (MONGE, ADAM), (MONGE, SAM), (MONGE, MATCHED))
+NOTE = (
+  'Accuracies are mean ± standard deviation over the seeds, on rightly labelled images.'
+  ' radius is the mean ‖δ‖, rise is ℓ(w+δ) − ℓ(w), n the gradient norm, α = 1; radius,'
+  ' rise and √(1+α²n²) are means over all steps of training. time is the time per step'
+  ' relative to Adam, the median of interleaved rounds, once per method. "SAM, matched"'
+  ' is SAM with the mean radius that Monge SAM has had at this rho. A star marks the'
+  ' rho with the best mean validation accuracy.'
+)
 
 
 def experiment(
@@ -64,53 +58,40 @@ def experiment(
     rounds: how many times the methods are timed, in turns.
 
   Returns:
-    ``rows``, one a cell with its runs and their summary, and ``best``: the rho of each
-    method that has the highest mean validation accuracy.
+    ``rows``, one per cell with its runs and their summary, and ``best``: the rho of
+    each method that has the highest mean validation accuracy.
   """
   rhos, seeds = tuple(rhos), tuple(seeds)
   txs = optimizers(settings.learning_rate)
-  splits = {
-    seed: split_digits(
-      seed,
-      train=settings.train,
-      validation=settings.validation,
-      wrong=settings.wrong,
-    )
-    for seed in seeds
-  }
-  cells = [Cell('Adam', None, None)]
-  cells += [Cell(method, rho, rho) for method in ('SAM', 'Monge SAM') for rho in rhos]
-  rows = []
-  with progress_bar() as progress:
-    task = progress.add_task('', total=(len(cells) + len(rhos)) * len(seeds))
+  sizes = {name: getattr(settings, name) for name in ('train', 'validation', 'wrong')}
+  splits = {seed: split_digits(seed, **sizes) for seed in seeds}
+  cells = grid.cells(ADAM, (SAM, MONGE), rhos)
+  with progress((len(cells) + len(rhos)) * len(seeds) + 1) as tell:
 
     def run(cell):
       runs = []
-      tx = txs['SAM' if cell.method == MATCHED else cell.method]
+      tx = txs[_method(cell.method)]
       for seed in seeds:
         at = '' if cell.rho is None else f', rho {cell.rho:g}'
-        progress.update(task, description=f'{cell.method}{at}, seed {seed}')
-        runs.append(train(settings, tx, cell.radius, seed, splits[seed]))
-        progress.advance(task)
-      return _row(cell, runs)
+        tell(f'{cell.method}{at}, seed {seed}')
+        runs.append(train(settings, tx, cell.given, seed, splits[seed])._asdict())
+      return grid.summarize(cell, runs)
 
-    rows += map(run, cells)
-    rows += map(run, list(_matched(rows)))
-    progress.update(task, description='timing')
-    milliseconds = _time_in_turns(settings, txs, splits[seeds[0]], rounds)
+    rows = [run(cell) for cell in cells]
+    rows += [run(cell) for cell in grid.matched(rows)]
+    tell('timing')
+    x, y = (part[: settings.batch] for part in splits[seeds[0]].train)
+    loops = {name: _loop(settings, name, tx, x, y) for name, tx in txs.items()}
+    times = milliseconds(loops, rounds, TIMED)
   for row in rows:
-    method = 'SAM' if row['method'] == MATCHED else row['method']
-    row['time'] = milliseconds[method] / milliseconds['Adam']
-  return {'rows': rows, 'best': _best(rows), 'step_ms': milliseconds}
+    row['time'] = times[_method(row['method'])] / times[ADAM]
+  return {'rows': rows, 'best': grid.best_rhos(rows), 'step_ms': times}
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Trains, prints the table and what it shows, and writes numbers and picture."""
-  parser = argparse.ArgumentParser(
-    prog='python -m benchmarks.demo', description=__doc__
-  )
+  """Trains, prints the tables, and writes numbers and picture."""
+  parser = make_parser('demo', __doc__)
   parser.add_argument('--quick', action='store_true', help='a few steps, to see it run')
-  parser.add_argument('--out', type=Path, default=RESULTS, help='where results go')
   args = parser.parse_args(argv)
   settings, rhos, seeds, rounds = Settings(), RHOS, SEEDS, 15
   if args.quick:
@@ -124,60 +105,55 @@ def main(argv: list[str] | None = None) -> None:
     'seconds': time.perf_counter() - began,
     **results,
   }
-  results['findings'] = findings(results)
   args.out.mkdir(parents=True, exist_ok=True)
-  (args.out / 'demo.json').write_text(json.dumps(results, indent=2) + '\n')
-  (args.out / 'demo.md').write_text(markdown(report(results)))
   draw(results, args.out / 'demo.png')
-  console = Console()
-  show(report(results), console)
-  console.print(f'Training took {results["seconds"]:.0f} s', highlight=False)
-  for name in ('demo.png', 'demo.md', 'demo.json'):
-    console.print(f'Written: {args.out / name}', highlight=False)
+  publish(args.out / 'demo', results, report(results))
 
 
-def _row(cell: Cell, runs: list[Any]) -> dict[str, Any]:
-  """A cell with its runs, and mean and standard deviation over the seeds."""
-  row: dict[str, Any] = cell._asdict()
-  for name in runs[0]._fields:
-    values = [getattr(run, name) for run in runs]
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    row[name] = {'mean': statistics.mean(values), 'sd': spread, 'runs': values}
-  return row
+def report(results: Mapping[str, Any]) -> Document:
+  """All cells, and how the methods differ."""
+  settings = results['settings']
+  caption = (
+    f'{settings["train"]} handwritten digits, {settings["wrong"]:.0%} of them'
+    f' mislabelled, {settings["epochs"]} epochs, {len(settings["seeds"])} seeds;'
+    f' {results["seconds"]:.0f} s of training.'
+  )
+  lines = [_cells(results, row) for row in results['rows']]
+  return [caption, Table('', HEAD, lines), NOTE, grid.differences(results, PAIRS)]
 
 
-def _matched(rows: list[dict[str, Any]]) -> Iterator[Cell]:
-  """SAM with the mean radius that Monge SAM has had at each rho."""
-  for row in rows:
-    if row['method'] == 'Monge SAM':
-      yield Cell(MATCHED, row['rho'], row['rho'] * row['shrink']['mean'])
+def _cells(results: Mapping[str, Any], row: grid.Row) -> list[str]:
+  """One line of the table; Adam has neither rho nor rise."""
+  radius, rise = '', ''
+  if row['rho'] is not None:
+    shrink = row['shrink']['mean'] if row['method'] == MONGE else 1.0
+    radius, rise = f'{row["given"] * shrink:.3f}', f'{row["rise"]["mean"]:.3f}'
+  return [
+    row['method'],
+    grid.star_rho(results, row),
+    radius,
+    grid.percent(row['test']),
+    grid.percent(row['validation']),
+    f'{row["factor"]["mean"]:.2f}',
+    rise,
+    f'{row["time"]:.2f}',
+  ]
 
 
-def _best(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-  """The rho of each method with the highest mean accuracy on the validation images."""
-  best: dict[str, dict[str, Any]] = {}
-  for row in rows:
-    leader = best.setdefault(row['method'], row)
-    if row['validation']['mean'] > leader['validation']['mean']:
-      best[row['method']] = row
-  return {method: row['rho'] for method, row in best.items()}
+def _method(name: str) -> str:
+  """The transformation of a row: matched or not, it is SAM's."""
+  return SAM if name == MATCHED else name
 
 
-def _time_in_turns(settings, txs, split, rounds, steps=20):
-  """Median milliseconds a step; in turns, so that a slow moment hits all methods."""
-  x, y = (part[: settings.batch] for part in split.train)
-  loops = {}
-  for method, tx in txs.items():
-    _, loops[method] = start(settings, tx, None if method == 'Adam' else 0.1, seed=0)
-  seconds: dict[str, list[float]] = {method: [] for method in loops}
-  for _ in range(rounds):
-    for method, step in loops.items():
-      begin = time.perf_counter()
-      for _ in range(steps):
-        norm, _ = step(x, y)
-      norm.block_until_ready()
-      seconds[method].append((time.perf_counter() - begin) / steps)
-  return {method: 1000 * statistics.median(times) for method, times in seconds.items()}
+def _loop(settings: Settings, name: str, tx, x, y) -> Callable[[], None]:
+  _, step = start(settings, tx, None if name == ADAM else 0.1, seed=0)
+
+  def loop():
+    for _ in range(TIMED):
+      norm, _ = step(x, y)
+    jax.block_until_ready(norm)
+
+  return loop
 
 
 if __name__ == '__main__':

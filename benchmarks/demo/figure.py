@@ -5,44 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
-from matplotlib.ticker import NullLocator
 import numpy as np
 
 from benchmarks.common import style
-
-LOOKS = {
-  'SAM': {'marker': 'o'},
-  'Monge SAM': {'marker': 's'},
-  'SAM, matched': {
-    'marker': '^',
-    'linestyle': '--',
-    'linewidth': 1.6,
-    'markerfacecolor': 'white',
-    'label': 'SAM at Monge SAM’s mean radius',
-  },
-}
-RING = {'markersize': 13, 'markerfacecolor': 'none', 'markeredgewidth': 1.4}
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
   """Writes the test accuracy of every method against rho, with bands of one sd."""
   style.use()
   fig, ax = plt.subplots(figsize=(8, 4.5))
-  _draw_adam(ax, results)
-  for method in LOOKS:
+  (adam,) = (row for row in results['rows'] if row['method'] == 'Adam')
+  mean, sd = (100 * adam['test'][name] for name in ('mean', 'sd'))
+  style.draw_level(ax, mean, sd, 'Adam', style.COLOURS['Adam'])
+  for method in style.LOOKS:
     _draw_method(ax, results, method)
-  for method in ('SAM', 'Monge SAM'):
-    _ring(ax, results, method)
-  ax.plot([], [], 'o', color='#343a40', label='chosen on validation images', **RING)
-  rhos = results['settings']['rhos']
-  ax.set_xscale('log')
-  ax.set_xticks(rhos)
-  ax.xaxis.set_major_formatter(FuncFormatter(lambda rho, _: f'{rho:g}'))
-  ax.xaxis.set_minor_locator(NullLocator())
-  ax.set_xlabel('radius ρ')
-  ax.set_ylabel('test accuracy, %')
+  ring = 'chosen on validation images'
+  ax.plot([], [], 'o', color='#343a40', label=ring, **style.RING)
   settings = results['settings']
+  style.draw_rho_axis(ax, settings['rhos'])
+  ax.set_ylabel('test accuracy, %')
   ax.set_title(
     f'{settings["train"]} handwritten digits, {settings["wrong"]:.0%} mislabelled'
     f' (mean ± sd of {len(settings["seeds"])} seeds)',
@@ -55,38 +36,13 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _draw_method(ax, results, method):
+  """A line with its band; of the two methods a ring around the rho chosen."""
   rows = [row for row in results['rows'] if row['method'] == method]
-  rho, mean, sd = (
-    np.array(column)
-    for column in zip(
-      *((r['rho'], 100 * r['test']['mean'], 100 * r['test']['sd']) for r in rows),
-      strict=True,
-    )
-  )
+  rho = [row['rho'] for row in rows]
+  mean, sd = (np.array([100 * r['test'][k] for r in rows]) for k in ('mean', 'sd'))
   colour = style.COLOURS[method]
-  ax.plot(rho, mean, color=colour, **{'label': method, **LOOKS[method]})
-  ax.fill_between(rho, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-
-
-def _ring(ax, results, method):
-  """A ring round the rho that the validation images have chosen."""
-  (row,) = (
-    row
-    for row in results['rows']
-    if row['method'] == method and row['rho'] == results['best'][method]
-  )
-  ax.plot(
-    row['rho'],
-    100 * row['test']['mean'],
-    'o',
-    color=style.COLOURS[method],
-    **RING,
-  )
-
-
-def _draw_adam(ax, results):
-  (row,) = (row for row in results['rows'] if row['method'] == 'Adam')
-  mean, sd = 100 * row['test']['mean'], 100 * row['test']['sd']
-  colour = style.COLOURS['Adam']
-  ax.axhline(mean, color=colour, linewidth=1.5, label='Adam', zorder=1)
-  ax.axhspan(mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0, zorder=0)
+  ax.plot(rho, mean, color=colour, **style.LOOKS[method])
+  style.draw_band(ax, rho, mean - sd, mean + sd, colour)
+  if method != 'SAM, matched':
+    best = rho.index(results['best'][method])
+    ax.plot(rho[best], mean[best], 'o', color=colour, **style.RING)

@@ -1,4 +1,4 @@
-"""Training a small convolutional net with Adam behind SAM or Monge SAM."""
+"""Handwritten digits, and a small net trained on them with Adam, SAM and Monge SAM."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from sklearn.datasets import load_digits
 
-from benchmarks.demo.data import CLASSES
-from benchmarks.demo.data import Split
 from msam_optax import flax_nnx
 from msam_optax import msam
 from msam_optax import sam
+
+CLASSES = 10
 
 
 class Settings(NamedTuple):
@@ -37,6 +38,38 @@ class Settings(NamedTuple):
   epochs: int = 40
   learning_rate: float = 3e-3
   width: int = 8
+
+
+class Split(NamedTuple):
+  """Images ``[n, 8, 8, 1]`` in [0, 1] with labels; only training labels are noisy."""
+
+  train: tuple[np.ndarray, np.ndarray]
+  validation: tuple[np.ndarray, np.ndarray]
+  test: tuple[np.ndarray, np.ndarray]
+
+
+def split_digits(seed: int, *, train: int, validation: int, wrong: float) -> Split:
+  """Splits the 1,797 digits and moves a share of the training labels to other classes.
+
+  Args:
+    seed: of the permutation and of which labels become wrong.
+    train: number of training images.
+    validation: number of validation images; all others are for the test.
+    wrong: share of the training labels that are replaced by another class.
+
+  Returns:
+    The three parts.
+  """
+  rng = np.random.default_rng(seed)
+  images, labels = load_digits(return_X_y=True)
+  order = rng.permutation(len(labels))
+  x = (images[order].reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+  y = labels[order].astype(np.int32)
+  chosen = rng.permutation(train)[: round(wrong * train)]
+  noisy = y[:train].copy()
+  noisy[chosen] = (noisy[chosen] + rng.integers(1, CLASSES, len(chosen))) % CLASSES
+  end = train + validation
+  return Split((x[:train], noisy), (x[train:end], y[train:end]), (x[end:], y[end:]))
 
 
 class Net(nnx.Module):

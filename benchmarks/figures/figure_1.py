@@ -13,15 +13,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.common import style
+from benchmarks.common.tables import Table
 from benchmarks.figures.landscapes import distances
+from benchmarks.figures.landscapes import draw_valley
 from benchmarks.figures.landscapes import FLATTEST
+from benchmarks.figures.landscapes import mark_points
 from benchmarks.figures.landscapes import METHODS
 from benchmarks.figures.landscapes import place
 from benchmarks.figures.landscapes import SADDLE
 from benchmarks.figures.landscapes import trajectories
 from benchmarks.figures.landscapes import valley
-from benchmarks.figures.valley import draw_valley
-from benchmarks.figures.valley import mark_points
 
 SETTINGS = {'start': (-1.5, 0.5), 'rho': 1.0, 'alpha': 1.0, 'lr': 0.01, 'steps': 200}
 SHOWN = ('GD', 'SAM', 'Monge SAM')
@@ -42,14 +43,8 @@ def measure(*, quick: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
   return {'settings': SETTINGS, 'ends': ends}, paths
 
 
-def findings(numbers: dict[str, Any]) -> list[str]:
-  """What the numbers say."""
-  ends = ', '.join(f'{name} {e["place"]}' for name, e in numbers['ends'].items())
-  return [f'The ends: {ends}']
-
-
-def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-  """Columns and rows of what is printed."""
+def table(numbers: dict[str, Any]) -> Table:
+  """What is printed."""
   columns = ['method', 'end', 'loss', 'Hessian’s trace', 'to saddle', 'to (±1, ±1)', '']
   rows = [
     [
@@ -63,7 +58,7 @@ def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     for name, e in numbers['ends'].items()
   ]
-  return columns, rows
+  return Table('', columns, rows)
 
 
 def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
@@ -97,7 +92,7 @@ def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
       [patheffects.withStroke(linewidth=3, foreground='white')]
     )
   ax.legend(loc='lower right', frameon=True, framealpha=0.95, edgecolor='none')
-  ax.set_title(findings(numbers)[0], loc='left', fontsize=11.5)
+  ax.set_title('Three methods from one start', loc='left', fontsize=11.5)
   fig.savefig(file)
   plt.close(fig)
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import NullLocator
 import numpy as np
 
 from benchmarks.common import style
+from benchmarks.common.tables import Table
 from benchmarks.figures.landscapes import METHODS
 from benchmarks.figures.landscapes import parabola
 from benchmarks.figures.landscapes import trajectories
@@ -59,17 +60,8 @@ def measure(*, quick: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
   return {'settings': SETTINGS, 'ends': ends}, paths
 
 
-def findings(numbers: dict[str, Any]) -> list[str]:
-  """What the numbers say, a sentence a learning rate."""
-  return [
-    f'lr {lr:g}: loss {loss["SAM"]:.3f} for SAM, {loss["Monge SAM"]:.3f} for Monge SAM'
-    for lr in numbers['settings']['lrs']
-    for loss in [{e['method']: e['loss'] for e in numbers['ends'] if e['lr'] == lr}]
-  ]
-
-
-def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-  """Columns and rows of what is printed."""
+def table(numbers: dict[str, Any]) -> Table:
+  """What is printed."""
   rows = [
     [
       e['method'],
@@ -80,7 +72,7 @@ def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     for e in numbers['ends']
   ]
-  return ['method', 'lr', 'end', 'loss', 'loss, closed form'], rows
+  return Table('', ['method', 'lr', 'end', 'loss', 'loss, closed form'], rows)
 
 
 def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
@@ -90,10 +82,10 @@ def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
   fig, axes = plt.subplots(
     2, len(lrs), figsize=(10, 7.4), layout='constrained', sharey='row'
   )
-  for column, lr, finding in zip(axes.T, lrs, findings(numbers), strict=True):
+  for column, lr in zip(axes.T, lrs, strict=True):
     _draw_parabola(column[0], paths, lr)
     _draw_losses(column[1], numbers, paths, lr)
-    column[0].set_title(finding, loc='left', fontsize=11.5)
+    column[0].set_title(f'learning rate {lr:g}', loc='left', fontsize=11.5)
   axes[0, 0].set_ylabel('loss w²')
   axes[1, 0].set_ylabel('loss w², logarithmic')
   axes[0, 0].legend(loc='upper center')

@@ -23,11 +23,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from matplotlib.colors import LinearSegmentedColormap
+import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.figures.figure_4_picture import draw_stability
+from benchmarks.common import style
+from benchmarks.common.tables import Table
 from benchmarks.figures.landscapes import distances
 from benchmarks.figures.landscapes import FLATTEST
+from benchmarks.figures.landscapes import mark_points
 from benchmarks.figures.landscapes import valley
 from msam_optax import euclidean
 from msam_optax import monge
@@ -43,6 +47,9 @@ SETTINGS = {
 METRICS = {'SAM': euclidean(), 'Monge SAM': monge()}
 FORMS = {'fixed radius': True, 'exact': False}
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+# The eigenvalues at which the colours end.
+LIMIT = 4.0
+UNSTABLE = ('#868e96', '#e9ecef', '#f8f9fa')
 
 
 def plane(cells: int, extent: float) -> np.ndarray:
@@ -105,13 +112,8 @@ def measure(*, quick: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
   return {'settings': SETTINGS, 'rows': rows, 'sweep': sweep}, maps
 
 
-def findings(numbers: dict[str, Any]) -> list[str]:
-  """In how many of the ρ the areas are ordered as in the paper, a sentence a form."""
-  return [f'{form.capitalize()}: {_ordering(numbers, form)}' for form in FORMS]
-
-
-def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-  """Columns and rows of what is printed."""
+def table(numbers: dict[str, Any]) -> Table:
+  """What is printed."""
   rows = [
     [
       row['form'],
@@ -123,7 +125,7 @@ def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in numbers['rows']
   ]
   columns = ['A_ρ', 'ρ', 'method', 'area at saddle', 'at a minimum']
-  return [*columns, 'of core at saddle', 'at a minimum'], rows
+  return Table('', [*columns, 'of core at saddle', 'at a minimum'], rows)
 
 
 def draw(numbers: dict[str, Any], maps: dict[str, Any], file: Path) -> None:
@@ -133,27 +135,110 @@ def draw(numbers: dict[str, Any], maps: dict[str, Any], file: Path) -> None:
     for (method, form, rho), values in maps.items()
     if form == 'fixed radius'
   }
-  draw_stability(numbers, shown, _ordering(numbers, 'fixed radius'), file)
+  draw_stability(numbers, shown, file)
 
 
 def _plain(value):
   return value if isinstance(value, str) else float(value)
 
 
-def _ordering(numbers, form):
-  """In words: at how many ρ Monge SAM's stable area is smaller, and larger."""
+def draw_stability(
+  numbers: dict[str, Any],
+  maps: dict[tuple[str, float], np.ndarray],
+  file: Path,
+) -> None:
+  """Writes a row of maps a method, a column a ρ, and the areas below.
+
+  Args:
+    numbers: of `figure_4.measure`.
+    maps: the smaller eigenvalues over the plane for each method and ρ.
+    file: the picture.
+  """
+  style.use()
   rhos = numbers['settings']['rhos']
-
-  def gains(name):
-    area = {
-      (row['method'], row['rho']): row[name]
-      for row in numbers['rows']
-      if row['form'] == form
-    }
-    return np.array([area['Monge SAM', rho] - area['SAM', rho] for rho in rhos])
-
-  return (
-    'Monge SAM’s stable area is smaller round the saddle at'
-    f' {np.sum(gains("saddle") < 0)} of {len(rhos)} radii, larger round the flattest'
-    f' minima at {np.sum(gains("minimum") > 0)} of {len(rhos)}'
+  methods = list(dict.fromkeys(method for method, _ in maps))
+  fig = plt.figure(figsize=(13, 10.4), layout='constrained')
+  fig.suptitle(
+    'Where the flow attracts: A_ρ with the radius held fixed',
+    fontsize=12.5,
+    x=0.01,
+    ha='left',
   )
+  upper, lower = fig.subfigures(2, 1, height_ratios=(1.8, 1))
+  axes = upper.subplots(len(methods), len(rhos), sharex=True, sharey=True)
+  for line, method in zip(axes, methods, strict=True):
+    for ax, rho in zip(line, rhos, strict=True):
+      image = _draw_map(ax, numbers, method, rho, maps[method, rho])
+    bar = upper.colorbar(image, ax=list(line), extend='both', aspect=16, pad=0.01)
+    bar.set_label('smaller eigenvalue of A')
+    line[0].set_ylabel(method, color=style.COLOURS[method], weight='bold', fontsize=14)
+  for ax, rho in zip(axes[0], rhos, strict=True):
+    ax.set_title(f'ρ = {rho:g}')
+  left, right = lower.subplots(1, 2)
+  _draw_areas(left, numbers, 'saddle', 'stable area round the saddle')
+  _draw_areas(right, numbers, 'minimum', 'stable area round a flattest minimum')
+  left.legend(loc='upper left')
+  fig.savefig(file)
+  plt.close(fig)
+
+
+def _draw_map(ax, numbers, method, rho, values):
+  extent = numbers['settings']['extent']
+  colour = style.COLOURS[method]
+  stops = zip((0, 0.3, 0.5, 0.5, 0.6, 1), _stops(colour), strict=True)
+  image = ax.imshow(
+    values,
+    origin='lower',
+    extent=(-extent, extent, -extent, extent),
+    cmap=LinearSegmentedColormap.from_list(method, list(stops)),
+    vmin=-LIMIT,
+    vmax=LIMIT,
+    interpolation='bilinear',
+  )
+  axis = np.linspace(-extent, extent, 2 * len(values) + 1)[1::2]
+  ax.contour(axis, axis, values, [0], colors=[colour], linewidths=1.6)
+  mark_points(ax, size=8)
+  (row,) = (
+    row
+    for row in numbers['rows']
+    if (row['method'], row['rho'], row['form']) == (method, rho, 'fixed radius')
+  )
+  ax.text(
+    -0.93 * extent,
+    0.93 * extent,
+    f'saddle {row["saddle"]:.2f}\nminimum {row["minimum"]:.2f}',
+    va='top',
+    fontsize=10,
+    bbox={'facecolor': 'white', 'alpha': 0.85, 'edgecolor': 'none', 'pad': 2.5},
+  )
+  ax.grid(visible=False)
+  ax.set_xticks([-2, -1, 0, 1, 2])
+  ax.set_yticks([-2, -1, 0, 1, 2])
+  return image
+
+
+def _stops(colour):
+  """Greys for what repels, the method's colour for what attracts."""
+  light = LinearSegmentedColormap.from_list('', ['white', colour])(0.3)
+  middle = LinearSegmentedColormap.from_list('', ['white', colour])(0.6)
+  return (*UNSTABLE, light, middle, colour)
+
+
+def _draw_areas(ax, numbers, name, label):
+  for method in dict.fromkeys(row['method'] for row in numbers['sweep']):
+    for form, look in (('fixed radius', '-o'), ('exact', ':')):
+      rows = [
+        row
+        for row in numbers['sweep']
+        if (row['method'], row['form']) == (method, form)
+      ]
+      ax.plot(
+        [row['rho'] for row in rows],
+        [row[name] for row in rows],
+        look,
+        color=style.COLOURS[method],
+        label=f'{method}, {"as in the paper" if form != "exact" else "exact Jacobian"}',
+      )
+  ax.set_xlabel('radius ρ')
+  ax.set_title(label, loc='left', fontsize=11.5)
+  ax.set_ylim(bottom=0)

@@ -16,10 +16,15 @@ the saddle. Likewise the ten on w₁ = w₂ can end at a flattest minimum by sym
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+from mpl_toolkits.axes_grid1 import make_axes_locatable
 import numpy as np
 
-from benchmarks.figures.figure_5_picture import draw_ends
+from benchmarks.common import style
+from benchmarks.common.tables import Table
 from benchmarks.figures.landscapes import distances
+from benchmarks.figures.landscapes import draw_valley
+from benchmarks.figures.landscapes import mark_points
 from benchmarks.figures.landscapes import METHODS
 from benchmarks.figures.landscapes import NEAR
 from benchmarks.figures.landscapes import trajectories
@@ -40,6 +45,10 @@ SENSITIVITY = {
   'ASAM': (0.0, 0.01, 0.1, 1.0),
   'Monge over ASAM': (0.0, 0.01, 0.1, 1.0),
 }
+# A little more than the grid of starts.
+EXTENT = 3.4
+BINS = np.linspace(-EXTENT, EXTENT, 35)
+COLUMNS = 3
 
 
 def starts() -> np.ndarray:
@@ -81,29 +90,8 @@ def count(ends: np.ndarray) -> dict[str, Any]:
   }
 
 
-def findings(numbers: dict[str, Any]) -> list[str]:
-  """What the numbers say."""
-  first = ('SAM', 'Monge SAM')
-
-  def tell(where, compared):
-    return ', '.join(
-      f'{row["method"]} {row[where]}'
-      for row in numbers['rows']
-      if (row['method'] in first) == compared
-    )
-
-  runs = len(numbers['ends'][first[0]])
-  return [
-    f'Of {runs} runs end at the saddle: {tell("saddle", True)};'
-    f' near a flattest minimum: {tell("flattest", True)}',
-    f'The others, at the saddle: {tell("saddle", False)};'
-    f' near a flattest minimum: {tell("flattest", False)}',
-    f'At the saddle for other η: {_ranges(numbers["sensitivity"])}',
-  ]
-
-
-def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-  """Columns and rows of what is printed."""
+def table(numbers: dict[str, Any]) -> Table:
+  """What is printed."""
   names = ('saddle', 'off_line', 'flattest', 'elsewhere')
   rows = [
     [
@@ -114,27 +102,101 @@ def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in [*numbers['rows'], *numbers['sensitivity']]
   ]
   columns = ['method', 'at saddle', 'not by symmetry', 'at a flattest minimum']
-  return [*columns, 'elsewhere', 'median loss'], rows
+  return Table('', [*columns, 'elsewhere', 'median loss'], rows)
 
 
 def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
   """Writes trajectories and marginals of the ends, and the shares."""
-  draw_ends(numbers, paths, findings(numbers)[0], file)
-
-
-def _ranges(sensitivity):
-  """How many runs end at the saddle, from the least to the most over η."""
-
-  def tell(name):
-    rows = [row for row in sensitivity if row['method'] == name]
-    etas, saddle = [[row[key] for row in rows] for key in ('eta', 'saddle')]
-    return (
-      f'{name} {min(saddle)} to {max(saddle)} (η from {min(etas):g} to {max(etas):g})'
-    )
-
-  return ', '.join(map(tell, SENSITIVITY))
+  draw_ends(numbers, paths, file)
 
 
 def _run(method):
   lr, steps = SETTINGS['lr'], SETTINGS['steps']
   return trajectories(valley, method, starts(), lr=lr, steps=steps)
+
+
+def draw_ends(
+  numbers: dict[str, Any], paths: dict[str, np.ndarray], file: Path
+) -> None:
+  """Writes a panel a method, and bars with the shares.
+
+  Args:
+    numbers: of `figure_5.measure`.
+    paths: ``[starts, steps + 1, 2]`` for each method.
+    file: the picture.
+  """
+  style.use()
+  fig = plt.figure(figsize=(16, 8.7), layout='constrained')
+  runs = len(numbers['ends']['SAM'])
+  fig.suptitle(f'Where {runs} runs end', fontsize=13, x=0.01, ha='left')
+  left, right = fig.subfigures(1, 2, width_ratios=(3, 1))
+  panels = left.subfigures(-(-len(paths) // COLUMNS), COLUMNS).flat
+  for panel, row in zip(panels, numbers['rows'], strict=True):
+    _draw_joint(panel, row['method'], paths[row['method']])
+  _draw_shares(right.subplots(), numbers['rows'])
+  fig.savefig(file)
+  plt.close(fig)
+
+
+def _draw_joint(panel, name, path):
+  colour = style.COLOURS[name]
+  ax = panel.subplots()
+  draw_valley(ax, (-EXTENT, EXTENT), (-EXTENT, EXTENT))
+  mark_points(ax, size=9, zorder=3)
+  ax.plot(*path.transpose(2, 1, 0), color=colour, linewidth=0.6, alpha=0.55, zorder=2)
+  ax.plot(
+    *path[:, -1].T,
+    'o',
+    color=colour,
+    markersize=5,
+    markeredgecolor='white',
+    markeredgewidth=0.6,
+    zorder=5,
+  )
+  divider = make_axes_locatable(ax)
+  top = divider.append_axes('top', '17%', pad=0.04, sharex=ax)
+  side = divider.append_axes('right', '17%', pad=0.04, sharey=ax)
+  w1, w2 = np.clip(path[:, -1].T, -EXTENT, EXTENT)
+  top.hist(w1, BINS, color=colour)
+  side.hist(w2, BINS, color=colour, orientation='horizontal')
+  for marginal in (top, side):
+    marginal.set_axis_off()
+  top.set_ylim(0, 50)
+  side.set_xlim(0, 50)
+  top.set_title(name, color=colour, weight='bold', loc='left')
+
+
+def _draw_shares(ax, rows):
+  """Per method three bars on each other: saddle, flattest minima, elsewhere."""
+  names = [row['method'] for row in rows]
+  colours = [style.COLOURS[name] for name in names]
+  start = np.zeros(len(rows))
+  for key, label, alpha in (
+    ('saddle', 'at the saddle', 1.0),
+    ('flattest', 'near a flattest minimum', 0.45),
+    ('elsewhere', 'elsewhere', 0.12),
+  ):
+    share = np.array([row[key] for row in rows])
+    bars = ax.barh(names, share, left=start, color=colours, height=0.72)
+    for bar, value in zip(bars, share, strict=True):
+      bar.set_alpha(alpha)
+      if value:
+        ax.text(
+          bar.get_x() + bar.get_width() / 2,
+          bar.get_y() + bar.get_height() / 2,
+          str(value),
+          ha='center',
+          va='center',
+          color='white' if alpha == 1 else 'black',
+          weight='bold',
+        )
+    ax.barh(names[:1], 0, color='black', alpha=alpha, label=label)
+    start = start + share
+  ax.invert_yaxis()
+  ax.grid(visible=False)
+  ax.spines['bottom'].set_visible(False)
+  ax.spines['left'].set_visible(False)
+  ax.set_xticks([])
+  ax.tick_params(left=False)
+  ax.legend(loc='upper center', bbox_to_anchor=(0.4, -0.01))
+  ax.set_title(f'where {start[0]:g} runs end', loc='left', fontsize=11.5)

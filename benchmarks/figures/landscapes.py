@@ -25,6 +25,7 @@ FLATTEST = np.array([[1.0, 1.0], [-1.0, -1.0]])
 # How near is near: to the saddle, to a flattest minimum, and to the valley's floor in
 # |1 - w₁w₂|, the root of the loss.
 NEAR = 0.25
+LEVELS = (0.01, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64)
 
 
 def monge_over_asam(rho: float, eta: float = 0.01) -> optax.GradientTransformation:
@@ -108,3 +109,25 @@ def place(w: np.ndarray) -> str:
   if from_flattest < NEAR:
     return 'near the flattest minimum'
   return 'on the valley' if abs(1 - w[0] * w[1]) < NEAR else 'elsewhere'
+
+
+def draw_valley(ax, x_range, y_range) -> None:
+  """Draws contours of the loss."""
+  x, y = np.meshgrid(np.linspace(*x_range, 301), np.linspace(*y_range, 301))
+  loss = (1 - x * y) ** 2
+  shade = np.log10(loss + 0.03)
+  ax.contourf(x, y, shade, levels=24, cmap='Greys', vmin=-1.6, vmax=7, zorder=0)
+  ax.contour(x, y, loss, LEVELS, colors='#8d99a6', linewidths=0.6, zorder=1)
+  ax.set_xlim(x_range)
+  ax.set_ylim(y_range)
+  ax.set_aspect('equal')
+  ax.grid(visible=False)
+  ax.set_xlabel('w₁')
+  ax.set_ylabel('w₂')
+
+
+def mark_points(ax, size: float = 11, zorder: float = 6) -> None:
+  """Marks the saddle with a cross and the flattest minima with stars."""
+  look = {'color': 'black', 'linestyle': 'none', 'zorder': zorder}
+  ax.plot(*SADDLE, marker='x', markersize=0.8 * size, markeredgewidth=2, **look)
+  ax.plot(*FLATTEST.T, marker='*', markersize=1.3 * size, **look)

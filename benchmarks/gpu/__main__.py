@@ -11,7 +11,6 @@ Results are written after every part. The exit status is 1 if a comparison faile
 something raised (other than for want of memory, which is a result), 2 without a GPU.
 """
 
-import argparse
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.common.command import make_parser
 from benchmarks.common.environment import describe
 from benchmarks.common.environment import version
 from benchmarks.common.steps import HAND
@@ -34,7 +34,6 @@ from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import steps as gpu_steps
 from benchmarks.gpu.steps import COMPILE_ONCE
 
-RESULTS = Path(__file__).parents[1] / 'results'
 FULL = {
   'checks': {'many': gpu_checks.MANY},
   'ascent': dict(width=1024, layers=16, vocabulary=50304, rounds=20, repeats=10),
@@ -100,10 +99,9 @@ def checks(many: int, left: Callable[[], float]) -> Iterator[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
   """Measures what there is time for; returns the exit status."""
-  parser = argparse.ArgumentParser(prog='python -m benchmarks.gpu', description=__doc__)
+  parser = make_parser('gpu', __doc__)
   parser.add_argument('--smoke', action='store_true', help='tiny sizes, on any device')
   parser.add_argument('--budget', type=float, default=450, help='seconds in all')
-  parser.add_argument('--out', type=Path, default=RESULTS, help='where results go')
   args = parser.parse_args(argv)
   end = time.perf_counter() + args.budget
   left = lambda: end - time.perf_counter()
@@ -130,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
       run_part(name, part, left, results, args.out)
     results['skipped'] = [' '.join(path) for path in failed(results, 'skipped')]
-    gpu_report.write(results, args.out)
-  say('\n' + gpu_report.markdown(results))
+    text = gpu_report.write(results, args.out)
+  say('\n' + text)
   wrong = [*complaints(results)]
   for name in results['skipped']:
     say(f'skipped: {name}')

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from collections.abc import Mapping
-import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.storage import write_json
+from benchmarks.common.storage import write_text
+from benchmarks.common.tables import markdown
+from benchmarks.common.tables import Table
 
 STEP_NOTE = (
   'ms: the median of interleaved rounds, with quartiles; ratio: to the two gradients'
@@ -22,33 +25,31 @@ ASCENT_NOTE = (
 )
 
 
-def write(results: Mapping[str, Any], folder: Path) -> None:
-  """Writes `gpu.json` and `gpu.md`, each at once, so that none is ever half there."""
-  folder.mkdir(parents=True, exist_ok=True)
-  texts = {
-    'gpu.json': json.dumps(strict(results), indent=2, allow_nan=False) + '\n',
-    'gpu.md': markdown(results),
-  }
-  for name, text in texts.items():
-    part = folder / f'{name}.part'
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, folder / name)
+def write(results: Mapping[str, Any], folder: Path) -> str:
+  """Writes `gpu.json` and `gpu.md`, neither of which is ever half there.
+
+  Returns:
+    What is in `gpu.md`.
+  """
+  text = markdown([*report(results)])
+  write_json(folder / 'gpu.json', strict(results))
+  write_text(folder / 'gpu.md', text)
+  return text
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def report(results: Mapping[str, Any]) -> Iterator[str | Table]:
   """Where it was measured, and a table for every part."""
-  lines = [', '.join(f'{k} {v}' for k, v in results['environment'].items()), '']
+  yield ', '.join(f'{k} {v}' for k, v in results['environment'].items())
   for name, part in results['parts'].items():
-    lines += [f'**{name}**', '']
+    yield f'**{name}**'
     if 'failed' in part:
-      lines += [f'{part["failed"]}: {part["message"].splitlines()[0]}', '']
-    for key, table in TABLES.items():
+      yield f'{part["failed"]}: {part["message"].splitlines()[0]}'
+    for key, tables in TABLES.items():
       if key in part:
-        lines += [*table(part), '']
-  return '\n'.join(lines)
+        yield from tables(part)
 
 
-def check_lines(part: Mapping[str, Any]) -> Iterator[str]:
+def check_tables(part: Mapping[str, Any]) -> Iterator[str | Table]:
   """The worst of every kind of comparison, and each that failed."""
   worst: dict[str, Mapping[str, Any]] = {}
   share = lambda check: check['error'] / check['tolerance'] if check['tolerance'] else 0
@@ -58,16 +59,11 @@ def check_lines(part: Mapping[str, Any]) -> Iterator[str]:
       worst[kind] = check
   failed = [check for check in part['checks'] if not check['passed']]
   yield f'{len(part["checks"]) - len(failed)} of {len(part["checks"])} hold.'
-  yield ''
-  for check in failed:
-    yield f'- **FAILED** {failure(check)}'
-  yield from (
-    *([''] if failed else []),
-    '| worst of | error | allowed |',
-    '| --- | ---: | ---: |',
-  )
-  for check in worst.values():
-    yield f'| {check["name"]} | {check["error"]:.1e} | {check["tolerance"]:.1e} |'
+  if failed:
+    yield '\n'.join(f'- **FAILED** {failure(check)}' for check in failed)
+  numbers = lambda check: [f'{check[key]:.1e}' for key in ('error', 'tolerance')]
+  rows = [[check['name'], *numbers(check)] for check in worst.values()]
+  yield Table('', ['worst of', 'error', 'allowed'], rows)
 
 
 def failure(check: Mapping[str, Any]) -> str:
@@ -77,12 +73,10 @@ def failure(check: Mapping[str, Any]) -> str:
   return f'{check["name"]}: off by {check["error"]:.3g}, allowed {check["tolerance"]:g}'
 
 
-def step_lines(part: Mapping[str, Any]) -> Iterator[str]:
+def step_tables(part: Mapping[str, Any]) -> Iterator[str | Table]:
   """The steps of a network."""
-  yield f'{part["parameters"]:,} parameters, {part["items"]:,} labels a step'
-  yield ''
-  yield '| step | ms | ratio | labels/s | temporaries GB | total GB | compile s |'
-  yield '| --- | ---: | ---: | ---: | ---: | ---: | ---: |'
+  yield f'{part["parameters"]:,} parameters, {part["items"]:,} labels per step'
+  rows = []
   for name, f in part['steps'].items():
     cells = [f.get('failed', ''), '', '']
     if 'ms' in f:
@@ -90,20 +84,18 @@ def step_lines(part: Mapping[str, Any]) -> Iterator[str]:
       cells = [between(f['ms'], '.2f'), between(f.get('ratio'), '.3f'), f'{rate:,.0f}']
     sizes = [gigabytes(f.get('memory', {}).get(k)) for k in ('temp', 'total')]
     seconds = f'{f["compile_s"]:.1f}' if 'compile_s' in f else ''
-    yield f'| {" | ".join([name, *cells, *sizes, seconds])} |'
+    rows.append([name, *cells, *sizes, seconds])
+  head = ['step', 'ms', 'ratio', 'labels/s', 'temporaries GB', 'total GB', 'compile s']
+  yield Table('', head, rows)
   if peak := part.get('memory_stats', {}).get('peak_bytes_in_use'):
-    yield ''
     yield f'Most memory in use by the process so far: {gigabytes(peak)} GB.'
-  yield ''
   yield STEP_NOTE
 
 
-def ascent_lines(part: Mapping[str, Any]) -> Iterator[str]:
+def ascent_tables(part: Mapping[str, Any]) -> Iterator[str | Table]:
   """The ascent beside copies."""
   yield f'{part["bytes"] / 1e9:.3f} GB of float32 parameters in {part["leaves"]} arrays'
-  yield ''
-  yield '| operation | ms | GB/s | ratio to the copy | temporaries GB |'
-  yield '| --- | ---: | ---: | ---: | ---: |'
+  rows = []
   for name, f in part['operations'].items():
     cells = [f.get('failed', ''), '', '']
     if 'ms' in f:
@@ -112,13 +104,13 @@ def ascent_lines(part: Mapping[str, Any]) -> Iterator[str]:
         between(f['GB_per_s'], ',.0f'),
         between(f.get('ratio'), '.3f'),
       ]
-    size = gigabytes(f.get('memory', {}).get('temp'))
-    yield f'| {" | ".join([name, *cells, size])} |'
-  yield ''
+    rows.append([name, *cells, gigabytes(f.get('memory', {}).get('temp'))])
+  head = ['operation', 'ms', 'GB/s', 'ratio to the copy', 'temporaries GB']
+  yield Table('', head, rows)
   yield ASCENT_NOTE
 
 
-TABLES = {'checks': check_lines, 'operations': ascent_lines, 'steps': step_lines}
+TABLES = {'checks': check_tables, 'operations': ascent_tables, 'steps': step_tables}
 
 
 def between(values: Mapping[str, float] | None, form: str) -> str:

@@ -12,10 +12,9 @@ on from there. All of them take about an hour of one core. `--layers 8` has a de
 model, in files of its own.
 """
 
-import argparse
 import functools
 from importlib import metadata
-import json
+import itertools
 import math
 import os
 from pathlib import Path
@@ -31,15 +30,18 @@ os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 import jax
 from jax.experimental import topologies
 import numpy as np
-from rich.console import Console
 
 from benchmarks.common import hlo
+from benchmarks.common.command import make_parser
+from benchmarks.common.command import publish
 from benchmarks.common.environment import describe
-from benchmarks.common.progress import progress_bar
 from benchmarks.common.steps import DROP_IN
+from benchmarks.common.storage import CLOCKS
+from benchmarks.common.storage import folder_for
+from benchmarks.common.storage import run_once
+from benchmarks.common.terminal import progress
 from benchmarks.tpu_compile.model import Sizes
-from benchmarks.tpu_compile.report import markdown
-from benchmarks.tpu_compile.report import show
+from benchmarks.tpu_compile.report import report
 from benchmarks.tpu_compile.steps import AXIS
 from benchmarks.tpu_compile.steps import CHANGE_THE_MODEL
 from benchmarks.tpu_compile.steps import DATA_PARALLEL
@@ -51,7 +53,6 @@ from benchmarks.tpu_compile.steps import METHODS
 from benchmarks.tpu_compile.steps import OWN_ASCENTS
 from benchmarks.tpu_compile.steps import REMEDIES
 
-RESULTS = Path(__file__).parents[1] / 'results'
 TOPOLOGIES = ('v5e:2x2', 'v5e:4x4', 'v5e:16x16')
 SMALL = 4096  # Bytes: messages below are scalars, whatever the model's size.
 NOT_DONATED = 'nothing donated'
@@ -168,15 +169,10 @@ def mesh_of(topology: str, layout: str) -> jax.sharding.Mesh:
 
 def main(argv: list[str] | None = None) -> None:
   """Compiles what is missing, prints the tables, and writes them."""
-  parser = argparse.ArgumentParser(
-    prog='python -m benchmarks.tpu_compile',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = make_parser('tpu_compile', __doc__)
   parser.add_argument('--topologies', nargs='+', default=TOPOLOGIES, metavar='NAME')
   parser.add_argument('--layers', type=int, default=Sizes().layers)
   parser.add_argument('--only', nargs='*', help='methods; no remedies')
-  parser.add_argument('--out', type=Path, default=RESULTS, help='where results go')
   args = parser.parse_args(argv)
   sizes = Sizes(layers=args.layers)
   wanted = [
@@ -184,37 +180,28 @@ def main(argv: list[str] | None = None) -> None:
     for cell in cells(tuple(args.topologies))
     if not args.only or (cell.method in args.only and not cell.remedy)
   ]
-  args.out.mkdir(parents=True, exist_ok=True)
   other = f'_{sizes.layers}_layers' if sizes != Sizes() else ''
-  path = args.out / f'tpu_compile{other}.json'
-  results = run(wanted, sizes, path)
-  path.with_suffix('.md').write_text(markdown(results))
-  show(results, Console())
+  results = run(wanted, sizes, args.out / 'tpu_compile_runs')
+  publish(args.out / f'tpu_compile{other}', results, report(results))
 
 
-def run(wanted: list[Cell], sizes: Sizes, path: Path) -> dict[str, Any]:
-  """Compiles the cells that the file lacks, and stores each in it."""
+def run(wanted: list[Cell], sizes: Sizes, parent: Path) -> dict[str, Any]:
+  """All programs; those that are not stored are compiled."""
   told = {
     'environment': {**describe(), 'libtpu': metadata.version('libtpu')},
     'sizes': sizes._asdict(),
   }
-  results = {**told, 'programs': []}
-  if path.exists():
-    stored = json.loads(path.read_text())
-    if all(stored[key] == json.loads(json.dumps(told[key])) for key in told):
-      results = stored
-  done = {tuple(row[name] for name in Cell._fields) for row in results['programs']}
-  with progress_bar() as progress:
-    task = progress.add_task('', total=len(wanted))
+  folder = folder_for(parent, f'{sizes.layers}-layers', told)
+  programs = []
+  with progress(len(wanted)) as tell:
     for cell in wanted:
-      progress.update(task, description=f'{cell.topology} {cell.remedy or cell.method}')
-      if cell not in done:
-        results['programs'].append({**cell._asdict(), **weigh(cell, sizes)})
-        fresh = path.with_suffix('.new')
-        fresh.write_text(json.dumps(results, indent=1) + '\n')
-        fresh.replace(path)
-      progress.advance(task)
-  return results
+      tell(f'{cell.topology} {cell.remedy or cell.method}')
+      path = folder / f'{re.sub(r"[^0-9A-Za-z]+", "-", "-".join(cell))}.json'
+      weighed = run_once(path, lambda cell=cell: weigh(cell, sizes))
+      programs.append(cell._asdict() | weighed)
+  for program, clock in itertools.product(programs, CLOCKS):
+    del program[clock]
+  return {**told, 'programs': programs}
 
 
 if __name__ == '__main__':

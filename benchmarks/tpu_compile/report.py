@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.common.steps import DROP_IN
+from benchmarks.common.tables import Document
+from benchmarks.common.tables import Table
 
 COST = ('step', 'TFLOP', 'GB accessed', 'temporaries MB', 'code MB', 'compile')
 SENT = ('step', 'gathered MB', 'summed MB', 'permuted MB', 'scalars')
@@ -31,50 +29,28 @@ _KINDS = (
 )
 
 
-def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
-  """A title and a table, heading first: costs and messages of each layout."""
+def report(results: Mapping[str, Any]) -> Document:
+  """What each layout costs and sends, and what remedies do."""
+  return [_caption(results), NOTE, *tables(results)]
+
+
+def tables(results: Mapping[str, Any]) -> Iterator[Table]:
+  """Costs and messages of each layout."""
   programs = results['programs']
   for topology, layout in dict.fromkeys((p['topology'], p['layout']) for p in programs):
     here = [p for p in programs if (p['topology'], p['layout']) == (topology, layout)]
     adam = next((p for p in here if p['method'] == 'adam'), here[0])
     plain = [p for p in here if not p['remedy']]
     title = f'{topology}, {layout}'
-    yield title, [list(COST), *(_cost(p, adam) for p in plain)]
+    yield Table(title, COST, [_cost(p, adam) for p in plain])
     fit = [p for p in plain if 'messages' in p]
     between = any('between groups' in p['messages'] for p in fit)
-    yield (
-      f'{title}: messages',
-      [[*SENT, BETWEEN][: 6 if between else 5], *(_sent(p, between) for p in fit)],
-    )
+    head = [*SENT, BETWEEN] if between else SENT
+    yield Table(f'{title}: messages', head, [_sent(p, between) for p in fit])
     if any(p['remedy'] for p in here):
       rows = [p for p in here if p['method'] in ('adam', DROP_IN)]
       rows.sort(key=lambda p: (p['remedy'], p['method']))
-      yield f'{title}: remedies', [list(COST), *(_cost(p, adam) for p in rows)]
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-  """All tables."""
-  parts = [f'# Compiled for TPUs\n\n{_caption(results)}\n\n{NOTE}\n']
-  for title, (head, *rows) in tables(results):
-    lines = [head, ['---'] + ['---:'] * (len(head) - 1), *rows]
-    parts.append(f'**{title}**\n')
-    parts.extend(f'| {" | ".join(line)} |' for line in lines)
-    parts.append('')
-  return '\n'.join(parts)
-
-
-def show(results: Mapping[str, Any], console: Console) -> None:
-  """Prints all tables."""
-  console.print(_caption(results), highlight=False)
-  for title, (head, *rows) in tables(results):
-    console.print(f'[bold]{title}[/]', highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for i, column in enumerate(head):
-      table.add_column(column, justify='right' if i else 'left')
-    for row in rows:
-      table.add_row(*row)
-    console.print(table)
-  console.print(NOTE, highlight=False, markup=False)
+      yield Table(f'{title}: remedies', COST, [_cost(p, adam) for p in rows])
 
 
 def _cost(program: Mapping[str, Any], adam: Mapping[str, Any]) -> list[str]:

@@ -12,12 +12,12 @@ import pytest
 from benchmarks.alignment import __main__ as alignment
 from benchmarks.alignment import data as alignment_data
 from benchmarks.alignment import embeddings as alignment_embeddings
-from benchmarks.alignment import findings as alignment_findings
 from benchmarks.alignment import problem as alignment_problem
-from benchmarks.alignment import select as alignment_select
+from benchmarks.alignment import report as alignment_report
 from benchmarks.alignment import training as alignment_training
-from benchmarks.alignment.mutual_knn import mutual_knn
-from benchmarks.alignment.mutual_knn import unit
+from benchmarks.alignment.training import mutual_knn
+from benchmarks.alignment.training import unit
+from benchmarks.common.grid import MATCHED
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -233,32 +233,23 @@ def row(method, rate, rho, knn, loss=(1.0, 1.0, 1.0), shrink=0.5):
 def test_hyperparameters_are_chosen_on_validation_concepts():
   rows = [row('SAM', 0.1, 0.1, 0.3), row('SAM', 0.1, 0.2, 0.4)]
   rows += [row('Monge SAM', 0.1, 0.1, 0.9), row('SAM', 0.3, 0.1, float('nan'))]
-  assert alignment_select.best(rows, 'half', 'SAM') is rows[1]
+  assert alignment_problem.best(rows, 'half', 'SAM') is rows[1]
 
 
 def test_a_cell_that_diverged_is_not_chosen():
   """Its embeddings may be aligned by chance when nothing is left of the model."""
   failed = (4.8, 4.8, 1.0)
   rows = [row('SAM', 0.1, 0.1, 0.3), row('SAM', 0.1, 0.2, 0.4, failed)]
-  assert alignment_select.best(rows, 'half', 'SAM') is rows[0]
-  assert alignment_select.best(rows[1:], 'half', 'SAM') is rows[1]
-
-
-def test_stored_numbers_are_json_with_a_line_a_row():
-  results = {'settings': {'rhos': [1, 2]}, 'rows': [{'x': [1.5]}, {'x': []}], 'n': 3}
-  text = alignment.compact(results)
-  assert json.loads(text) == results
-  assert list(json.loads(text)) == list(results)
-  assert len(text.splitlines()) == 8
+  assert alignment_problem.best(rows, 'half', 'SAM') is rows[0]
+  assert alignment_problem.best(rows[1:], 'half', 'SAM') is rows[1]
 
 
 def test_the_matched_radius_is_that_of_monge_sam():
   cell = alignment.matched(row('Monge SAM', 0.3, 0.8, 0.2, shrink=0.25))
-  name = alignment_problem.MATCHED
-  assert cell == alignment_problem.Cell('half', name, 0.3, 0.8, 0.2)
+  assert cell == alignment_problem.Cell('half', MATCHED, 0.3, 0.8, 0.2)
 
 
-def test_findings_follow_the_numbers():
+def test_tables_follow_the_numbers():
   failed = (4.8, 4.8, 1.0)
   rows = [
     row('SAM', 0.1, 0.1, 0.3),
@@ -270,18 +261,26 @@ def test_findings_follow_the_numbers():
   # Where SGD diverges as well nothing is counted.
   rows += [row('SGD', 3.0, None, 0.2, failed)]
   rows += [row('SAM', 3.0, 0.1, 0.2, failed), row('Monge SAM', 3.0, 0.1, 0.2, failed)]
-  assert alignment_select.table_2_rho(rows, 'half', (0.1, 0.2)) == 0.2
-  settings = {'rhos': (0.1, 0.2)}
-  agrees, text = alignment_findings._survives(rows, 'half', settings)
-  assert agrees
-  assert 'at ρ = 0.2 SAM diverges at 1 of 1 learning rates, Monge SAM at 0' in text
-  agrees, text = alignment_findings._diverges_less(rows, 'half')
-  assert agrees
-  assert 'SAM diverges in 1 and Monge SAM in 0 of 2 cells' in text
-  assert '2.0 to 2.0 times' in alignment_findings._reach(rows, 'half')
-  rows[3] = row('Monge SAM', 0.1, 0.2, 0.2, failed)
-  assert not alignment_findings._survives(rows, 'half', settings)[0]
-  assert not alignment_findings._diverges_less(rows, 'half')[0]
+  rows += [r | {'method': MATCHED} for r in rows if r['method'] == 'Monge SAM']
+  assert alignment_problem.table_2_rho(rows, 'half', (0.1, 0.2)) == 0.2
+  settings = {'rhos': (0.1, 0.2), 'sgd_rates': (0.1,)}
+  lines = lambda table: [list(line) for line in table.rows]
+  assert lines(alignment_report._table_2(rows, 'half', settings)) == [
+    ['SAM', '3.53†'],
+    ['Monge SAM', '1.00'],
+    [MATCHED, '1.00'],
+  ]
+  caption = alignment_report._table_3(rows, 'half', settings).title
+  assert caption.endswith('SAM 1 of 2, Monge SAM 0 of 2, SAM, matched 0 of 2')
+  assert lines(alignment_report._reach(rows, 'half', settings)) == [
+    ['SAM', '0.1'],
+    ['Monge SAM', '0.2'],
+    ['ratio', '2.0'],
+  ]
+  assert lines(alignment_report._cell_by_cell(rows, 'half')) == [
+    ['SAM', '1 of 2', '0.050'],
+    [MATCHED, '0 of 2', '0.000'],
+  ]
 
 
 def test_principal_plane_keeps_a_plane():
@@ -295,7 +294,6 @@ def test_principal_plane_keeps_a_plane():
 @pytest.mark.slow
 def test_alignment_writes_numbers_and_pictures(tmp_path, capsys):
   alignment.main(['--quick', '--out', str(tmp_path)])
-  assert not list(tmp_path.glob('*.partial*'))
   results = json.loads((tmp_path / 'alignment.json').read_text())
   assert results['environment']['jax'] == jax.__version__
   # Per split the pretrained model, 2 + 1 rates, 2 × 4 cells, and 4 matched.
@@ -308,10 +306,8 @@ def test_alignment_writes_numbers_and_pictures(tmp_path, capsys):
   for name in ('alignment.png', 'alignment_embeddings.png'):
     assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
   text, printed = (tmp_path / 'alignment.md').read_text(), capsys.readouterr().out
-  for sentence in alignment_findings.findings(results):
-    assert sentence in text
   for table in ('Table 1', 'Table 2', 'Table 3', 'Control'):
-    assert text.count(f'**{table}') == 2
+    assert text.count(f'**{table}') == (6 if table == 'Control' else 2)
     assert table in printed
 
 
@@ -332,13 +328,12 @@ def test_an_interrupted_run_is_taken_up(tmp_path, monkeypatch):
   monkeypatch.setattr(alignment, 'Problem', Problem)
   settings = alignment_training.Settings()
   grid = alignment.Grid((0.5,), (0.1,), (1e-3,), (0,))
-  partial = tmp_path / 'partial.json'
   with pytest.raises(KeyboardInterrupt):
-    alignment._train(settings, grid, partial)
-  results = alignment._train(settings, grid, partial)
+    alignment._train(settings, grid, tmp_path)
+  results = alignment._train(settings, grid, tmp_path)
   assert len(results['rows']) == len(Problem.ran) - 1 == 12
   radii = [r['radius'] for r in results['rows'] if r['method'] == 'SAM, matched']
   assert radii == [0.25, 0.25]
   # Other settings begin afresh.
-  alignment._train(settings._replace(steps=1), grid, partial)
+  alignment._train(settings._replace(steps=1), grid, tmp_path)
   assert len(Problem.ran) == 13 + 12

@@ -1,8 +1,6 @@
 """The benchmark of the bad minimum: radii, data, and going on after a kill."""
 
 import json
-import math
-import statistics
 
 from flax import nnx
 import jax
@@ -12,13 +10,13 @@ import optax
 import pytest
 
 from benchmarks.bad_minimum import __main__ as bad_minimum
-from benchmarks.bad_minimum import data as bad_minimum_data
-from benchmarks.bad_minimum import findings as bad_minimum_findings
+from benchmarks.bad_minimum import figure
 from benchmarks.bad_minimum import methods
-from benchmarks.bad_minimum import report as bad_minimum_report
-from benchmarks.bad_minimum import runs as bad_minimum_runs
+from benchmarks.bad_minimum import problem
+from benchmarks.bad_minimum import report
+from benchmarks.bad_minimum import training
 from benchmarks.bad_minimum.settings import SMOKE
-from benchmarks.common import storage as bad_minimum_store
+from benchmarks.common import grid
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -43,28 +41,17 @@ def test_radii_are_as_said(slope, alpha):
   txs = methods.optimizers(0.01, alpha)
   bent = (1 / rho**2 + slope**2 / sigma**2) ** -0.5
   expected = {
-    methods.SAM: rho,
-    methods.MATCHED: rho,
-    methods.MONGE: bent,
+    grid.SAM: rho,
+    grid.MATCHED: rho,
+    grid.MONGE: bent,
     methods.LE_SAM: min(sigma / slope, rho),
   }
   radii = {method: radius(txs[method], rho, slope) for method in expected}
   assert radii == pytest.approx(expected, rel=1e-5)
 
 
-def test_sam_gets_the_mean_radius_of_monge_sam():
-  rows = [
-    {'method': methods.SAM, 'rho': 0.5, 'shrink': {'runs': [1.0, 1.0]}},
-    {'method': methods.MONGE, 'rho': 0.5, 'shrink': {'runs': [0.2, 0.6]}},
-    {'method': methods.MONGE, 'rho': 2.0, 'shrink': {'runs': [0.1, 0.1]}},
-  ]
-  cells = list(bad_minimum_runs.matched(rows))
-  assert [cell[:2] for cell in cells] == [(methods.MATCHED, 0.5), (methods.MATCHED, 2)]
-  assert [cell.given for cell in cells] == pytest.approx([0.5 * 0.4, 2.0 * 0.1])
-
-
 def test_fashion_is_what_its_licence_note_says():
-  with np.load(bad_minimum_data.FILE) as file:
+  with np.load(problem.FILE) as file:
     shapes = {name: (file[name].shape, file[name].dtype.name) for name in file.files}
     counts = np.bincount(file['y']), np.bincount(file['yt'])
   assert shapes == {
@@ -73,29 +60,29 @@ def test_fashion_is_what_its_licence_note_says():
     'xt': ((2000, 28, 28), 'uint8'),
     'yt': ((2000,), 'uint8'),
   }
-  assert [len(count) for count in counts] == [bad_minimum_data.CLASSES] * 2
+  assert [len(count) for count in counts] == [problem.CLASSES] * 2
   assert 565 <= counts[0].min() <= counts[0].max() <= 625
-  assert bad_minimum_data.FILE.stat().st_size < 4e6
-  notice = bad_minimum_data.FILE.with_name('LICENSE.fashion_mnist').read_text()
+  assert problem.FILE.stat().st_size < 4e6
+  notice = problem.FILE.with_name('LICENSE.fashion_mnist').read_text()
   assert 'MIT License' in notice
   assert 'Zalando' in notice
 
 
 def test_parts_do_not_overlap_and_only_wrong_labels_are_wrong():
-  split = lambda seed: bad_minimum_data.split_fashion(seed, train=300, wrong=200)
+  split = lambda seed: problem.split_fashion(seed, train=300, wrong=200)
   parts, other = split(0), split(1)
   assert [len(y) for _, y in parts] == [300, 200, 500, 1500]
   images = np.concatenate([x for x, _ in parts])
   assert images.shape == (2500, 28, 28, 1)
   assert (images.min(), images.max()) == (0, 1)
   assert len({image.tobytes() for image in images}) == 2500
-  with np.load(bad_minimum_data.FILE) as file:
+  with np.load(problem.FILE) as file:
     scaled = (file['x'][..., None] / 255).astype(np.float32)
     truth = {x.tobytes(): y for x, y in zip(scaled, file['y'], strict=True)}
   right = lambda part: [truth[x.tobytes()] == y for x, y in zip(*part, strict=True)]
   assert all(right(parts.train))
   assert not any(right(parts.wrong))
-  assert set(parts.wrong[1]) == set(range(bad_minimum_data.CLASSES))
+  assert set(parts.wrong[1]) == set(range(problem.CLASSES))
   for fixed in ('validation', 'test'):
     np.testing.assert_array_equal(getattr(parts, fixed)[0], getattr(other, fixed)[0])
   assert not np.array_equal(parts.train[0], other.train[0])
@@ -103,38 +90,22 @@ def test_parts_do_not_overlap_and_only_wrong_labels_are_wrong():
 
 def test_too_many_images_are_refused():
   with pytest.raises(ValueError, match=r'There are 6000 images, not 6000 \+ 1\.'):
-    bad_minimum_data.split_fashion(0, train=6000, wrong=1)
-
-
-def test_what_is_stored_is_not_computed_again(tmp_path):
-  path = tmp_path / 'run.json'
-  assert bad_minimum_store.run_once(path, lambda: {'test': 0.5}) == {'test': 0.5}
-  assert bad_minimum_store.run_once(path, lambda: 1 / 0) == {'test': 0.5}
-
-
-def test_a_run_that_is_killed_leaves_no_result(tmp_path):
-  def killed():
-    raise KeyboardInterrupt
-
-  with pytest.raises(KeyboardInterrupt):
-    bad_minimum_store.run_once(tmp_path / 'run.json', killed)
-  assert not list(tmp_path.iterdir())
+    problem.split_fashion(0, train=6000, wrong=1)
 
 
 def test_other_settings_have_another_folder_but_not_another_grid(tmp_path):
   folders = {
-    bad_minimum_store.folder_for(tmp_path, 'smoke', settings)
+    bad_minimum.runs_folder(tmp_path, 'smoke', settings)
     for settings in (SMOKE, SMOKE._replace(alpha=2.0), SMOKE._replace(rhos=(1.0,)))
   }
   assert len(folders) == 2
-  assert (tmp_path / '.gitignore').read_text() == '*\n'
 
 
 def test_stored_parameters_come_back(tmp_path):
   model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-  bad_minimum_store.save_params(tmp_path / 'start.npz', model)
+  training.save_params(tmp_path / 'start.npz', model)
   other = nnx.Linear(3, 2, rngs=nnx.Rngs(1))
-  bad_minimum_store.load_params(tmp_path / 'start.npz', other)
+  training.load_params(tmp_path / 'start.npz', other)
   jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(other))
 
 
@@ -165,9 +136,9 @@ def test_the_experiment_goes_on_after_a_kill_and_writes_everything(tmp_path, cap
     if name == 'Monge-SAM-rho0.8-seed1':
       raise KeyboardInterrupt
 
-  folder = bad_minimum_store.folder_for(tmp_path / 'runs', 'smoke', SMOKE)
+  folder = bad_minimum.runs_folder(tmp_path / 'runs', 'smoke', SMOKE)
   with pytest.raises(KeyboardInterrupt):
-    bad_minimum_runs.experiment(SMOKE, folder, kill_in_the_middle)
+    bad_minimum.experiment(SMOKE, folder, kill_in_the_middle)
   before = stored(folder)
   assert {f'{name}.json' for name in begun[:-1]} == set(before) - {'settings.json'}
   bad_minimum.main(['--smoke', '--out', str(tmp_path), '--runs', str(folder.parent)])
@@ -175,75 +146,74 @@ def test_the_experiment_goes_on_after_a_kill_and_writes_everything(tmp_path, cap
   assert {name: first[name] for name in before} == before
   for path in folder.glob('SAM-rho*'):
     path.unlink()
-  bad_minimum_runs.experiment(SMOKE, folder)
+  bad_minimum.experiment(SMOKE, folder)
   assert stored(folder) == first
 
   results = json.loads((tmp_path / 'bad_minimum.json').read_text())
   assert [row['method'] for row in results['rows']] == [
     methods.SGD,
-    *[methods.SAM] * 2,
-    *[methods.MONGE] * 2,
+    *[grid.SAM] * 2,
+    *[grid.MONGE] * 2,
     *[methods.LE_SAM] * 2,
-    *[methods.MATCHED] * 2,
+    *[grid.MATCHED] * 2,
   ]
   for row in results['rows']:
     assert row['factor']['mean'] >= 1
     assert len(row['test']['runs']) == len(SMOKE.seeds)
     given = row['given'] or 0
-    shorter = row['method'] in (methods.MONGE, methods.LE_SAM)
+    shorter = row['method'] in (grid.MONGE, methods.LE_SAM)
     assert row['radius']['mean'] <= given + 1e-5
     assert shorter or row['radius']['mean'] == pytest.approx(given, rel=1e-4)
   by_cell = {(row['method'], row['rho']): row for row in results['rows']}
   for rho in SMOKE.rhos:
-    monge, matched = by_cell[methods.MONGE, rho], by_cell[methods.MATCHED, rho]
+    monge, matched = by_cell[grid.MONGE, rho], by_cell[grid.MATCHED, rho]
     assert matched['radius']['mean'] == pytest.approx(monge['radius']['mean'], rel=1e-4)
   assert (tmp_path / 'bad_minimum.png').read_bytes().startswith(b'\x89PNG')
   printed, table = capsys.readouterr().out, (tmp_path / 'bad_minimum.md').read_text()
-  assert methods.MATCHED in printed
-  assert all(sentence in table for sentence in results['findings'])
+  assert grid.MATCHED in printed
+  assert '| chosen |' in table
 
 
-def test_findings_follow_the_numbers():
+def test_tables_follow_the_numbers():
   def cell(method, rho, test, lowest):
-    """Every number of a run has three values round the one that is given."""
-    numbers = dict.fromkeys(bad_minimum_report.NUMBERS, 1.0)
+    """Every number of a run has three values around the one that is given."""
+    numbers = dict.fromkeys(report.NUMBERS, 1.0)
     numbers |= {'test': test, 'validation': test, 'train': lowest, 'lowest': lowest}
     runs = [
       {name: x + shift for name, x in numbers.items()} | {'curves': {}}
       for shift in (-0.01, 0.0, 0.01)
     ]
-    cell = {'method': method, 'rho': rho, 'given': rho}
-    return bad_minimum_report.summarize(cell, runs)
+    return report.summarize(grid.Cell(method, rho, rho), runs)
 
-  look = {'train': 1.0, 'wrong': 1.0, 'test': 0.4}
+  look = {'train': 1.0, 'wrong': 1.0, 'test': 0.4, 'seconds': 60, 'cpu_seconds': 90}
   rows = [cell(methods.SGD, None, 0.5, 1.0)]
   for method, near, far, lowest in [
-    (methods.SAM, 0.6, 0.8, 0.9),
-    (methods.MONGE, 0.6, 0.7, 1.0),
+    (grid.SAM, 0.6, 0.8, 0.9),
+    (grid.MONGE, 0.6, 0.7, 1.0),
     (methods.LE_SAM, 0.6, 0.72, 1.0),
-    (methods.MATCHED, 0.6, 0.71, 1.0),
+    (grid.MATCHED, 0.6, 0.71, 1.0),
   ]:
     rows += [cell(method, 0.1, near, 1.0), cell(method, 1.0, far, lowest)]
   results = {
+    'environment': dict.fromkeys(('cores', 'device', 'machine', 'jax'), 'x'),
+    'setting': 'smoke',
     'starts': [look] * 3,
     'fresh': [{**look, 'test': 0.85}] * 3,
     'rows': rows,
-    'best': bad_minimum_report.best_rhos(rows),
-    'settings': {'rhos': [0.1, 1.0]},
+    'best': grid.best_rhos(rows),
+    'settings': {**SMOKE._asdict(), 'rhos': [0.1, 1.0]},
   }
-  assert results['best'][methods.MONGE] == 1.0
-  assert bad_minimum_findings.most_different(results) == 1.0
-  found = bad_minimum_findings.findings(results)
-  start, same, valley, best, pooled, controls, factors = found
-  assert 'right on 40.0 % of the test images' in start
-  assert 'comes to 85.0 %, and SGD from the bad start to 50.0 ± 0.6 %' in start
-  assert '0.1: +10.0 ± 0.0 *, +10.0 ± 0.0 *, +0.0 ± 0.0; 1: +30.0' in same
-  assert 'SAM leaves and Monge SAM stays at rho 1 (lowest' in valley
-  assert 'Monge SAM minus SAM is -10.0 points, more than' in best
-  assert 'Monge SAM minus LE-SAM -2.0 ± 0.0 *' in best
-  assert '(1) comes to 80.0 ± 0.6 %; Monge SAM minus SAM is then -10.0' in pooled
-  assert '5.0 from SAM at the same rho (largest -10.0 at rho 1)' in controls
-  assert '0.5 from SAM at its mean radius (largest -1.0 at rho 1)' in controls
-  assert 'in all but name, at rho 0.1, 1.' in factors
-  sd = statistics.stdev(rows[0]['test']['runs'])
-  assert rows[0]['test']['se'] == pytest.approx(sd / math.sqrt(3))
+  results['environment'] |= {'optax': 'x', 'flax': 'x'}
+  assert results['best'][grid.MONGE] == 1.0
+  assert figure.most_different(results) == 1.0
+  _, starts, cells, _, differences, took = report.report(results)
+  assert starts.rows[1][1:] == ['100.0 ± 0.0', '100.0 ± 0.0', '85.0 ± 0.0']
+  assert cells.rows[2][:5] == ['SAM', '* 1', '1.000', '90.0 ± 0.6', '90.0']
+  assert differences.rows[1][1:] == [
+    '+30.0 ± 0.0 *',
+    '+20.0 ± 0.0 *',
+    '+10.0 ± 0.0 *',
+    '-2.0 ± 0.0 *',
+    '-1.0 ± 0.0 *',
+  ]
+  assert took.startswith('9 minutes of processor time, 6 by the clock')

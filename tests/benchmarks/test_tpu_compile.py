@@ -6,11 +6,11 @@ layer, so that it is compiled in seconds; `benchmarks.tpu_compile` has a large o
 
 import functools
 import importlib.util
-import json
 
 import pytest
 
 from benchmarks.common.steps import DROP_IN
+from benchmarks.common.tables import markdown
 from benchmarks.tpu_compile import report as tpu_report
 from benchmarks.tpu_compile.model import Sizes
 
@@ -104,14 +104,12 @@ def test_what_is_compiled_is_stored_and_not_compiled_again(tmp_path, monkeypatch
     return {**dict.fromkeys((*figures, 'compile_cpu_s'), 1e9), 'messages': gathered}
 
   monkeypatch.setattr(tpu_compile, 'weigh', fake)
-  path = tmp_path / 'tpu_compile.json'
-  tpu_compile.run(cells[:1], SMALL, path)
-  results = tpu_compile.run(cells, SMALL, path)
+  tpu_compile.run(cells[:1], SMALL, tmp_path)
+  results = tpu_compile.run(cells, SMALL, tmp_path)
   assert calls == cells
-  assert json.loads(path.read_text()) == json.loads(json.dumps(results))
-  table = tpu_report.markdown(results)
+  table = markdown(tpu_report.report(results))
   assert f'| {DROP_IN} | 0.001 (×1.00) | 1.0 (×1.00) | 1,000 (×1.00)' in table
   assert '| adam | 2 in 3 |  |  | 0 |' in table
   assert f'| {OWN} |  |  | does not fit: 41.2 GB |  |  |' in table
-  tpu_compile.run(cells[:1], SMALL._replace(layers=2), path)
+  tpu_compile.run(cells[:1], SMALL._replace(layers=2), tmp_path)
   assert calls == [*cells, cells[0]]

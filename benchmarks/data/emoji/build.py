@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.common.progress import progress_bar
+from benchmarks.common.terminal import progress
 from benchmarks.data.emoji import efficientnet_lite0
 from benchmarks.data.emoji import minilm
 from benchmarks.data.emoji import pictures as emoji_pictures
@@ -62,13 +62,12 @@ def image_features(weights: Path, pictures: np.ndarray) -> np.ndarray:
   network = efficientnet_lite0.from_tensors(torch_file.read(weights))
   features = jax.jit(efficientnet_lite0.features)
   batches = np.array_split(pictures, range(BATCH, len(pictures), BATCH))
-  with progress_bar() as progress:
-    return np.concatenate(
-      [
-        features(network, efficientnet_lite0.preprocess(batch))
-        for batch in progress.track(batches, description='pictures')
-      ]
-    )
+  found = []
+  with progress(len(batches)) as tell:
+    for batch in batches:
+      tell('pictures')
+      found.append(features(network, efficientnet_lite0.preprocess(batch)))
+  return np.concatenate(found)
 
 
 def text_features(model: Path, sentences: list[str]) -> np.ndarray:
