@@ -37,6 +37,10 @@ NOTE = (
   ' above 0.85 ln 128 = 4.12 or is not finite, a cell (†) if most of its seeds have;'
   ' such a cell is not chosen.'
 )
+DIFFERENCE = (
+  'Differences are mean ± standard error, paired by seed; a star marks those above two'
+  ' standard errors.'
+)
 
 
 def report(results: Mapping[str, Any]) -> Document:
@@ -52,7 +56,7 @@ def report(results: Mapping[str, Any]) -> Document:
       _best(rows, split),
       _cell_by_cell(rows, split),
     ]
-  return made
+  return [*made, DIFFERENCE]
 
 
 def _table_1(rows: Sequence[Row], split: str, what: str) -> Table:
@@ -154,8 +158,7 @@ def _best(rows: Sequence[Row], split: str) -> Table:
       )
   caption = (
     f'Control, {split}: each method at its own best learning rate and ρ, chosen on'
-    ' validation concepts by the measure that is shown (difference ± standard error,'
-    ' paired by seed; * above two standard errors)'
+    ' validation concepts by the measure that is shown'
   )
   return Table(caption, ['measure', 'Monge SAM', 'other', '', 'difference'], lines)
 

@@ -16,6 +16,10 @@ from benchmarks.common.tables import Table
 
 SAM, MONGE, MATCHED = 'SAM', 'Monge SAM', 'SAM, matched'
 CHOSEN = 'chosen'
+DIFFERENCES = (
+  'Differences in points, mean ± standard error, paired by seed; a star marks those'
+  ' above two standard errors. The last line has each method at its own best rho.'
+)
 Row = Mapping[str, Any]
 
 
@@ -109,7 +113,9 @@ def paired(a: Sequence[float], b: Sequence[float], scale: float = 1.0) -> Differ
   return Difference(statistics.mean(gaps), spread(gaps) / math.sqrt(len(gaps)))
 
 
-def differences(results: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> Table:
+def differences(
+  results: Mapping[str, Any], pairs: Sequence[tuple[str, str]]
+) -> tuple[Table, str]:
   """Test accuracy of one method minus that of another, in points.
 
   Args:
@@ -117,7 +123,7 @@ def differences(results: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) ->
     pairs: the methods that are compared, in this order.
 
   Returns:
-    A line for each rho, and one for each method at its own best.
+    A line for each rho and one for each method at its own best, and what is shown.
   """
   rows = {(row['method'], row['rho']): row for row in results['rows']}
   best = {method: rows[method, rho] for method, rho in results['best'].items()}
@@ -129,10 +135,7 @@ def differences(results: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) ->
   def at_rho(rho):
     return lambda method: rows.get((method, rho)) or rows[method, None]
 
-  title = (
-    'Differences in test accuracy, in points: mean ± standard error, paired by seed;'
-    ' * above two standard errors; the last line has each method at its own best rho'
-  )
   lines = [line(f'{rho:g}', at_rho(rho)) for rho in results['settings']['rhos']]
   head = ['rho', *(f'{a}\n− {b}' for a, b in pairs)]
-  return Table(title, head, [*lines, line(CHOSEN, best.__getitem__)])
+  lines.append(line(CHOSEN, best.__getitem__))
+  return Table('Differences in test accuracy', head, lines), DIFFERENCES

@@ -9,7 +9,7 @@ from pathlib import Path
 import time
 from typing import Any
 
-WIDTH = 100  # of a line of JSON
+WIDTH = 1000  # of a line of JSON: a row of a table has one
 CLOCKS = ('seconds', 'cpu_seconds')
 
 

@@ -155,17 +155,16 @@ def main(argv: list[str] | None = None) -> int:
 def report(results: Mapping[str, Any]) -> Document:
   """A table for each network, in ratios to the step by hand, and the bars."""
   problems = results['problems'].items()
-  tables = [
-    Table(f'{name} ({_caption(problem)})', *_table(problem['figures']))
-    for name, problem in problems
-  ]
+  parts: list[str | Table] = []
+  for name, problem in problems:
+    parts += [_caption(name, problem), _table(problem['figures'])]
   bars = [_bar(name, bar) for name, problem in problems for bar in problem['bars']]
   head = ['network', 'step', 'figure', 'measured', 'at most', '']
-  return [*tables, NOTE, *([Table('Bars', head, bars)] if bars else [])]
+  return [*parts, NOTE, *([Table('Bars', head, bars)] if bars else [])]
 
 
-def _table(figures: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[Any]]:
-  """Head and rows of one network."""
+def _table(figures: Mapping[str, Mapping[str, float]]) -> Table:
+  """The steps of one network."""
   timed = ['time'] if 'step_ms' in figures[HAND] else []
   rows = []
   for name, f in figures.items():
@@ -180,7 +179,7 @@ def _table(figures: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[
       f'{ratio("compile_s"):.2f}',
     ]
     rows.append(row + ([f'{ratio("step_ms"):.2f}'] if timed else []))
-  return [*HEAD, *timed], rows
+  return Table('', [*HEAD, *timed], rows)
 
 
 def _bar(name: str, bar: Mapping[str, Any]) -> list[str]:
@@ -196,11 +195,11 @@ def _bar(name: str, bar: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _caption(problem: Mapping[str, Any]) -> str:
+def _caption(name: str, problem: Mapping[str, Any]) -> str:
   hand = problem['figures'][HAND]
-  milliseconds = f', {hand["step_ms"]:.0f} ms a step' if 'step_ms' in hand else ''
+  milliseconds = f', {hand["step_ms"]:.0f} ms per step' if 'step_ms' in hand else ''
   return (
-    f'{problem["parameters"]:,} parameters; by hand {hand["flops"] / 1e6:,.0f} MFLOP,'
+    f'{name}: {problem["parameters"]:,} parameters; by hand {hand["flops"] / 1e6:,.0f} MFLOP,'
     f' {hand["bytes"] / 1e6:,.0f} MB accessed, {hand["temporaries"] / 1e6:.1f} MB'
     f' temporaries, {hand["compile_s"]:.1f} s to compile{milliseconds}'
   )

@@ -119,7 +119,7 @@ def report(results: Mapping[str, Any]) -> Document:
     f' {results["seconds"]:.0f} s of training.'
   )
   lines = [_cells(results, row) for row in results['rows']]
-  return [caption, Table('', HEAD, lines), NOTE, grid.differences(results, PAIRS)]
+  return [caption, Table('', HEAD, lines), NOTE, *grid.differences(results, PAIRS)]
 
 
 def _cells(results: Mapping[str, Any], row: grid.Row) -> list[str]:

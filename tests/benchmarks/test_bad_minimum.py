@@ -206,7 +206,7 @@ def test_tables_follow_the_numbers():
   results['environment'] |= {'optax': 'x', 'flax': 'x'}
   assert results['best'][grid.MONGE] == 1.0
   assert figure.most_different(results) == 1.0
-  _, starts, cells, _, differences, took = report.report(results)
+  _, starts, cells, _, differences, _, took = report.report(results)
   assert starts.rows[1][1:] == ['100.0 ± 0.0', '100.0 ± 0.0', '85.0 ± 0.0']
   assert cells.rows[2][:5] == ['SAM', '* 1', '1.000', '90.0 ± 0.6', '90.0']
   assert differences.rows[1][1:] == [

@@ -62,7 +62,7 @@ def test_other_settings_have_another_folder_hidden_from_git(tmp_path):
 
 
 def test_json_has_a_line_for_what_fits_into_one(tmp_path):
-  value = {'n': 3, 'rows': [{'x': [1.5] * 12, 'y': None}, {'x': [], 'y': 'z' * 60}]}
+  value = {'n': 3, 'rows': [{'x': [1.5] * 99, 'y': None}, {'x': [], 'y': 'z' * 600}]}
   storage.write_json(tmp_path / 'value.json', value)
   text = (tmp_path / 'value.json').read_text()
   assert json.loads(text) == value
@@ -123,7 +123,7 @@ def test_differences_are_paired_by_seed_and_at_the_best_radii():
   assert best == {'Adam': None, grid.SAM: 0.1, grid.MONGE: 0.2}
   results = {'rows': rows, 'best': best, 'settings': {'rhos': (0.1, 1.0)}}
   pairs = ((grid.SAM, 'Adam'), (grid.MONGE, grid.SAM))
-  table = grid.differences(results, pairs)
+  table, _ = grid.differences(results, pairs)
   assert table.head == ['rho', 'SAM\n− Adam', 'Monge SAM\n− SAM']
   assert table.rows == [
     ['0.1', '+8.3 ± 4.4', '-11.7 ± 1.7 *'],
