@@ -64,7 +64,7 @@ def report(results: Mapping[str, Any]) -> Document:
     _starts(results),
     cells,
     NOTE,
-    grid.differences(results, PAIRS),
+    *grid.differences(results, PAIRS),
     took,
   ]
 

@@ -199,8 +199,9 @@ def _caption(name: str, problem: Mapping[str, Any]) -> str:
   hand = problem['figures'][HAND]
   milliseconds = f', {hand["step_ms"]:.0f} ms per step' if 'step_ms' in hand else ''
   return (
-    f'{name}: {problem["parameters"]:,} parameters; by hand {hand["flops"] / 1e6:,.0f} MFLOP,'
-    f' {hand["bytes"] / 1e6:,.0f} MB accessed, {hand["temporaries"] / 1e6:.1f} MB'
+    f'{name}: {problem["parameters"]:,} parameters; by hand'
+    f' {hand["flops"] / 1e6:,.0f} MFLOP, {hand["bytes"] / 1e6:,.0f} MB accessed,'
+    f' {hand["temporaries"] / 1e6:.1f} MB'
     f' temporaries, {hand["compile_s"]:.1f} s to compile{milliseconds}'
   )
 
