@@ -41,7 +41,7 @@ def principal_plane(text: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, fl
   x -= x.mean(axis=0)
   _, size, axes = np.linalg.svd(x, full_matrices=False)
   axes = axes[:2]
-  # Of an axis only the line is given; its largest entry shall be positive.
+  # The sign of an axis is free: its largest entry is made positive.
   largest = np.abs(axes).argmax(axis=1)
   axes = axes * np.sign(axes[np.arange(2), largest])[:, None]
   return x @ axes.T, float((size[:2] ** 2).sum() / (size**2).sum())

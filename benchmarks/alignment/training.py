@@ -22,7 +22,7 @@ class Settings(NamedTuple):
   """All that is the same for every method.
 
   Attributes:
-    batch: pairs a step.
+    batch: pairs per step.
     steps: of fine-tuning.
     pretrain_steps: of pretraining, with Adam.
     pretrain_rate: its learning rate.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bad_minimum import methods
+from benchmarks.bad_minimum import training
 from benchmarks.bad_minimum.figure import draw
 from benchmarks.bad_minimum.problem import split_fashion
 from benchmarks.bad_minimum.report import report
@@ -22,11 +23,6 @@ from benchmarks.bad_minimum.settings import FULL
 from benchmarks.bad_minimum.settings import QUICK
 from benchmarks.bad_minimum.settings import Settings
 from benchmarks.bad_minimum.settings import SMOKE
-from benchmarks.bad_minimum.training import fine_tune
-from benchmarks.bad_minimum.training import load_params
-from benchmarks.bad_minimum.training import new_model
-from benchmarks.bad_minimum.training import save_params
-from benchmarks.bad_minimum.training import train_start
 from benchmarks.common import grid
 from benchmarks.common.command import make_parser
 from benchmarks.common.command import publish
@@ -92,8 +88,8 @@ def experiment(
     tell(name)
 
     def compute():
-      model, look = train_start(settings, seed, parts[seed], bad=bad)
-      save_params(folder / f'{name}.npz', model)
+      model, look = training.train_start(settings, seed, parts[seed], bad=bad)
+      training.save_params(folder / f'{name}.npz', model)
       return look
 
     return run_once(folder / f'{name}.json', compute)
@@ -105,9 +101,9 @@ def experiment(
 
     def compute():
       path = folder / f'start-seed{seed}.npz'
-      model = load_params(path, new_model(settings, seed))
+      model = training.load_params(path, training.new_model(settings, seed))
       tx = txs[cell.method]
-      return fine_tune(settings, tx, cell.given, seed, parts[seed], model)
+      return training.fine_tune(settings, tx, cell.given, seed, parts[seed], model)
 
     return run_once(folder / f'{name}.json', compute)
 

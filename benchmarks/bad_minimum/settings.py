@@ -8,10 +8,10 @@ class Settings(NamedTuple):
 
   Attributes:
     train: number of images with true labels.
-    wrong: number of images with wrong labels that the bad start fits, too.
+    wrong: number of images with wrong labels that the bad start also fits.
     width: channels of the first block.
-    stride: of the first convolution; 2 makes all of the net four times cheaper.
-    batch: images a step.
+    stride: of the first convolution; 2 makes the whole net four times cheaper.
+    batch: images per step.
     start_epochs: passes over right and wrong, at most, to make the bad start.
     start_rate: Adam's learning rate there.
     epochs: passes over the right ones in fine-tuning.

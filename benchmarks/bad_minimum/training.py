@@ -61,7 +61,7 @@ def new_model(settings: Settings, seed: int) -> ResNet:
 def train_start(
   settings: Settings, seed: int, parts: Parts, *, bad: bool
 ) -> tuple[ResNet, dict[str, float]]:
-  """Trains with Adam until every label is fit, the wrong ones, too, if ``bad``.
+  """Trains with Adam until every label is fit, if ``bad`` also the wrong ones.
 
   Args:
     settings: those of the experiment.

@@ -121,7 +121,7 @@ def collectives(program: Program) -> list[Collective]:
     sent = sum(map(_nbytes, _operand_shapes(program.computations[name], op)))
     if kind == 'all-gather':
       both = sum(map(_nbytes, op.shapes))
-      # What starts one has its operands in its result, too.
+      # The result of the start includes its operands.
       sent = both if kind == op.opcode else both - sent
     # An asynchronous one is a chain of fusions that show it again and again.
     chained = re.search(r'channel_id=\d+(?=.*chain_id=)', op.rest)

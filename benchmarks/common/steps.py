@@ -60,7 +60,7 @@ def contrib_sam_opaque(loss) -> Step:
 
 
 def contrib_sam_transparent(loss) -> Step:
-  """``optax.contrib.sam``, one gradient a call, so two calls a step; plain SAM."""
+  """``optax.contrib.sam``, one gradient per call, two calls per step; plain SAM."""
   adversary = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
   tx = optax.contrib.sam(optax.adam(RATE), adversary)
   return step(tx, jax.value_and_grad(loss))._replace(calls=2)
@@ -75,7 +75,7 @@ def chain_msam(loss) -> Step:
 
 
 def drop_in(loss) -> Step:
-  """``msam_optax.value_and_grad`` in the place of ``jax.value_and_grad``."""
+  """``msam_optax.value_and_grad`` instead of ``jax.value_and_grad``."""
   return step(optax.adam(RATE), msam_optax.value_and_grad(loss, rho=RHO))
 
 
@@ -113,3 +113,17 @@ def step(tx, value_and_grad, make_grad_fn=None) -> Step:
     return (optax.apply_updates(params, updates), opt_state), value
 
   return Step(tx, run)
+
+
+def make_loop(compiled, step: Step, params, batch, repeats: int = 1):
+  """A function that takes ``repeats`` steps of training, from where it last ended."""
+  # Copies, because a donated buffer may be given only once, and only by one step.
+  carry = jax.tree.map(jnp.copy, (params, step.tx.init(params)))
+
+  def loop():
+    nonlocal carry
+    for _ in range(repeats * step.calls):
+      carry, value = compiled(carry, batch)
+    jax.block_until_ready((carry, value))
+
+  return loop

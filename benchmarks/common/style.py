@@ -52,7 +52,7 @@ RC = {
 
 
 def use() -> None:
-  """Makes the style that of all figures to come."""
+  """Applies the style to all figures that follow."""
   plt.rcParams.update(RC)
 
 

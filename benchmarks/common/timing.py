@@ -19,7 +19,7 @@ class Timing(NamedTuple):
   """What was timed, and what could not be.
 
   Attributes:
-    seconds: for every name one time a round; all lists are of the same length.
+    seconds: for every name one time per round; all lists are of the same length.
     failures: for every name that raised, what :func:`explain` says of it.
   """
 

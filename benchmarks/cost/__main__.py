@@ -12,30 +12,22 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from benchmarks.common import networks
+from benchmarks.common import steps
 from benchmarks.common.command import make_parser
 from benchmarks.common.command import publish
 from benchmarks.common.environment import describe
-from benchmarks.common.networks import conv_net
-from benchmarks.common.networks import Problem
-from benchmarks.common.networks import transformer
-from benchmarks.common.steps import CHAIN
-from benchmarks.common.steps import DROP_IN
-from benchmarks.common.steps import HAND
-from benchmarks.common.steps import OPAQUE
-from benchmarks.common.steps import Step
-from benchmarks.common.steps import STEPS
 from benchmarks.common.tables import Document
 from benchmarks.common.tables import Table
 from benchmarks.common.terminal import progress
 from benchmarks.common.timing import milliseconds
 
-OURS = (CHAIN, DROP_IN)
-PROBLEMS = {'transformer': transformer, 'conv net': conv_net}
+OURS = (steps.CHAIN, steps.DROP_IN)
+PROBLEMS = {'transformer': networks.transformer, 'conv net': networks.conv_net}
 # What is added is per parameter: it shows most where a step sees little. No bars here.
-SMALLEST = {'transformer, one sequence': lambda: transformer(batch=1)}
-QUICK = {'conv net': lambda: conv_net(size=8, width=8, layers=1, batch=8)}
+SMALLEST = {'transformer, one sequence': lambda: networks.transformer(batch=1)}
+QUICK = {'conv net': lambda: networks.conv_net(size=8, width=8, layers=1, batch=8)}
 
 HEAD = ('step', 'FLOPs', 'bytes', '/ opaque', 'temps', 'state kB', 'compile')
 NOTE = (
@@ -63,17 +55,19 @@ class Bar(NamedTuple):
 
 
 BARS = (
-  Bar('flops', HAND, 1.01),
-  Bar('temporaries', HAND, 1.03),
-  Bar('bytes', OPAQUE, 1.03),
+  Bar('flops', steps.HAND, 1.01),
+  Bar('temporaries', steps.HAND, 1.03),
+  Bar('bytes', steps.OPAQUE, 1.03),
   Bar('state_beyond_adam', None, 1000),
 )
 
 
-def compile_step(step: Step, problem: Problem) -> tuple[Any, dict[str, float]]:
+def compile_step(
+  step: steps.Step, problem: networks.Problem
+) -> tuple[Any, dict[str, float]]:
   """The compiled step with XLA's figures for one step of training."""
   opt_state = step.tx.init(problem.params)
-  adam_state = STEPS['adam'](problem.loss).tx.init(problem.params)
+  adam_state = steps.STEPS['adam'](problem.loss).tx.init(problem.params)
   carry = (problem.params, opt_state)
   start = time.perf_counter()
   compiled = jax.jit(step.run, donate_argnums=0).lower(carry, problem.batch).compile()
@@ -90,7 +84,9 @@ def compile_step(step: Step, problem: Problem) -> tuple[Any, dict[str, float]]:
 
 
 def weigh(
-  problem: Problem, names: tuple[str, ...] = tuple(STEPS), rounds: int = 0
+  problem: networks.Problem,
+  names: tuple[str, ...] = tuple(steps.STEPS),
+  rounds: int = 0,
 ) -> dict[str, dict[str, float]]:
   """Figures of each step of training by its name.
 
@@ -105,9 +101,9 @@ def weigh(
   """
   figures, loops = {}, {}
   for name in names:
-    step = STEPS[name](problem.loss)
+    step = steps.STEPS[name](problem.loss)
     compiled, figures[name] = compile_step(step, problem)
-    loops[name] = _loop(compiled, step, problem)
+    loops[name] = steps.make_loop(compiled, step, problem.params, problem.batch)
   for name, time_of in (milliseconds(loops, rounds) if rounds else {}).items():
     figures[name]['step_ms'] = time_of
   return figures
@@ -135,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   rounds = min(args.rounds, 2) if args.quick else args.rounds
   problems = {}
-  makers: dict[str, Callable[[], Problem]] = (
+  makers: dict[str, Callable[[], networks.Problem]] = (
     QUICK if args.quick else PROBLEMS | SMALLEST
   )
   with progress(len(makers)) as tell:
@@ -165,15 +161,15 @@ def report(results: Mapping[str, Any]) -> Document:
 
 def _table(figures: Mapping[str, Mapping[str, float]]) -> Table:
   """The steps of one network."""
-  timed = ['time'] if 'step_ms' in figures[HAND] else []
+  timed = ['time'] if 'step_ms' in figures[steps.HAND] else []
   rows = []
   for name, f in figures.items():
-    ratio = lambda figure, to=HAND, f=f: f[figure] / figures[to][figure]
+    ratio = lambda figure, to=steps.HAND, f=f: f[figure] / figures[to][figure]
     row = [
       name,
       f'{ratio("flops"):.4f}',
       f'{ratio("bytes"):.4f}',
-      f'{ratio("bytes", OPAQUE):.4f}',
+      f'{ratio("bytes", steps.OPAQUE):.4f}',
       f'{ratio("temporaries"):.4f}',
       f'{f["state_beyond_adam"] / 1000:,.2f}',
       f'{ratio("compile_s"):.2f}',
@@ -196,7 +192,7 @@ def _bar(name: str, bar: Mapping[str, Any]) -> list[str]:
 
 
 def _caption(name: str, problem: Mapping[str, Any]) -> str:
-  hand = problem['figures'][HAND]
+  hand = problem['figures'][steps.HAND]
   milliseconds = f', {hand["step_ms"]:.0f} ms per step' if 'step_ms' in hand else ''
   return (
     f'{name}: {problem["parameters"]:,} parameters; by hand'
@@ -204,20 +200,6 @@ def _caption(name: str, problem: Mapping[str, Any]) -> str:
     f' {hand["temporaries"] / 1e6:.1f} MB'
     f' temporaries, {hand["compile_s"]:.1f} s to compile{milliseconds}'
   )
-
-
-def _loop(compiled, step: Step, problem: Problem) -> Callable[[], None]:
-  """A function that takes one step of training, from where the last one ended."""
-  # Copies, because a donated buffer may be given only once, and only by one step.
-  carry = jax.tree.map(jnp.copy, (problem.params, step.tx.init(problem.params)))
-
-  def take_step():
-    nonlocal carry
-    for _ in range(step.calls):
-      carry, value = compiled(carry, problem.batch)
-    value.block_until_ready()
-
-  return take_step
 
 
 def _nbytes(tree: Any) -> int:

@@ -25,7 +25,7 @@ class Settings(NamedTuple):
     train: number of training images.
     validation: number of validation images.
     wrong: share of wrong training labels.
-    batch: images a step.
+    batch: images per step.
     epochs: passes over the training images.
     learning_rate: Adam's.
     width: channels of the first convolution.

@@ -1,7 +1,7 @@
 """The paper's Figures 1 to 5: numbers and pictures, seconds each.
 
 Run `python -m benchmarks.figures` for all of them or `python -m benchmarks.figures 1 4`
-for some. Each has a module of its own, which says what the paper sets and what it
+for some. Each has its own module, which says what the paper sets and what it
 leaves open. Everything is computed in float64.
 """
 

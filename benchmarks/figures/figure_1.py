@@ -14,15 +14,7 @@ import numpy as np
 
 from benchmarks.common import style
 from benchmarks.common.tables import Table
-from benchmarks.figures.landscapes import distances
-from benchmarks.figures.landscapes import draw_valley
-from benchmarks.figures.landscapes import FLATTEST
-from benchmarks.figures.landscapes import mark_points
-from benchmarks.figures.landscapes import METHODS
-from benchmarks.figures.landscapes import place
-from benchmarks.figures.landscapes import SADDLE
-from benchmarks.figures.landscapes import trajectories
-from benchmarks.figures.landscapes import valley
+from benchmarks.figures import landscapes
 
 SETTINGS = {'start': (-1.5, 0.5), 'rho': 1.0, 'alpha': 1.0, 'lr': 0.01, 'steps': 200}
 SHOWN = ('GD', 'SAM', 'Monge SAM')
@@ -34,8 +26,12 @@ def measure(*, quick: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
   starts = np.array([SETTINGS['start']])
   lr, steps = SETTINGS['lr'], SETTINGS['steps']
   paths = {
-    name: trajectories(
-      valley, METHODS[name](SETTINGS['rho']), starts, lr=lr, steps=steps
+    name: landscapes.trajectories(
+      landscapes.valley,
+      landscapes.METHODS[name](SETTINGS['rho']),
+      starts,
+      lr=lr,
+      steps=steps,
     )[0]
     for name in SHOWN
   }
@@ -65,8 +61,8 @@ def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
   """Writes the three trajectories over the loss."""
   style.use()
   fig, ax = plt.subplots(figsize=(9, 7), layout='constrained')
-  draw_valley(ax, (-2.3, 0.9), (-1.75, 0.75))
-  mark_points(ax)
+  landscapes.draw_valley(ax, (-2.3, 0.9), (-1.75, 0.75))
+  landscapes.mark_points(ax)
   outline = [patheffects.withStroke(linewidth=4, foreground='white')]
   for name, path in paths.items():
     colour = style.COLOURS[name]
@@ -85,8 +81,8 @@ def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
   ax.plot(*SETTINGS['start'], 'o', color='white', markeredgecolor='black', zorder=6)
   for text, at, shift in (
     ('start', SETTINGS['start'], (0, 9)),
-    ('saddle', SADDLE, (10, 8)),
-    ('flattest minimum', FLATTEST[1], (10, -16)),
+    ('saddle', landscapes.SADDLE, (10, 8)),
+    ('flattest minimum', landscapes.FLATTEST[1], (10, -16)),
   ):
     ax.annotate(text, at, shift, textcoords='offset points', zorder=7).set_path_effects(
       [patheffects.withStroke(linewidth=3, foreground='white')]
@@ -98,12 +94,12 @@ def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
 
 
 def _describe(end):
-  from_saddle, from_flattest = distances(end)
+  from_saddle, from_flattest = landscapes.distances(end)
   return {
     'point': end.tolist(),
-    'loss': float(valley(end)),
+    'loss': float(landscapes.valley(end)),
     'trace': float(2 * np.sum(end**2)),
     'from_saddle': float(from_saddle),
     'from_flattest': float(from_flattest),
-    'place': place(end),
+    'place': landscapes.place(end),
   }

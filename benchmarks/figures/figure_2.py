@@ -5,8 +5,8 @@ Setting of the paper: 200 samples uniform around the maximum, 200 steps, learnin
 is wider than the largest ρ. "Stays" means r < 0.5 at the end; runs end nearer to 0
 than 0.1 or near the ring of minima at r ≈ 4.49, so that any such bound does.
 
-The runs are radial: the probe lies ρφ closer to 0 or across it, with φ = 1 for SAM and
-φ = 1/√(1 + ℓ'(r)²) for Monge SAM (α = 1), and a small step leads inwards if it lies
+The runs are radial: the probe is ρφ closer to 0 or across it, with φ = 1 for SAM and
+φ = 1/√(1 + ℓ'(r)²) for Monge SAM (α = 1), and a small step leads inwards if it is
 across. A run stays, then, if `r √(1 + α²ℓ'(r)²) < ρ`, which gives the radius r* of the
 basin and the share (r*/1.5)². So the shares depend on the region of the samples, but
 the ratio of two methods' shares does not, as long as it holds both basins.
@@ -101,17 +101,6 @@ def table(numbers: dict[str, Any]) -> Table:
   return Table('', ['method', 'ρ', 'stay', 'share', 'closed form', 'basin r*'], rows)
 
 
-def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
-  """Writes the trajectories from above and the share that stays against ρ."""
-  grid = np.linspace(0, SWEEP[-1] + 0.1, 400)
-  curves = {name: share(grid, _alpha(name)) for name in SHOWN}
-  rho = SETTINGS['rhos'][-1]
-  ratio = share(rho, SETTINGS['alpha']) / share(rho, 0.0)
-  titles = [f'ρ = {rho:g}' for rho in SETTINGS['rhos']]
-  sweep_title = f'Monge SAM’s basin over SAM’s at ρ = {rho:g}: {ratio:.0%}'
-  draw_maxima(numbers, paths, (grid, curves), (titles, sweep_title), file)
-
-
 def stays(ends: np.ndarray) -> np.ndarray:
   """Whether points ``[..., 2]`` are at the maximum."""
   return np.linalg.norm(ends, axis=-1) < SETTINGS['stays']
@@ -149,36 +138,22 @@ def _sweep(name, rhos, starts):
   return stays(np.asarray(jax.jit(jax.vmap(ends))(jnp.asarray(rhos)))).mean(axis=-1)
 
 
-def draw_maxima(
-  numbers: dict[str, Any],
-  paths: dict[tuple[str, float], np.ndarray],
-  closed_form: tuple[np.ndarray, dict[str, np.ndarray]],
-  titles: tuple[list[str], str],
-  file: Path,
-) -> None:
-  """Writes a row a ρ and a column a method, and the sweep beside them.
-
-  Args:
-    numbers: of `figure_2.measure`.
-    paths: ``[samples, steps + 1, 2]`` for each method and ρ.
-    closed_form: a grid of ρ, and the share on it for each method.
-    titles: one a ρ, and that of the sweep.
-    file: the picture.
-  """
+def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
+  """Writes a row per ρ and a column per method, and the sweep beside them."""
   style.use()
   fig = plt.figure(figsize=(13.6, 7.6), layout='constrained')
   left, right = fig.subfigures(1, 2, width_ratios=(1.62, 1))
-  bands = left.subfigures(len(titles[0]), 1)
-  for band, title, rho in zip(
-    bands, titles[0], numbers['settings']['rhos'], strict=True
-  ):
-    band.suptitle(title, x=0.02, ha='left', fontsize=11.5)
+  rhos = SETTINGS['rhos']
+  for band, rho in zip(left.subfigures(len(rhos), 1), rhos, strict=True):
+    band.suptitle(f'ρ = {rho:g}', x=0.02, ha='left', fontsize=11.5)
     rows = [row for row in numbers['rows'] if row['rho'] == rho]
     for ax, row in zip(band.subplots(1, len(rows)), rows, strict=True):
       _draw_from_above(ax, numbers['settings'], row, paths[row['method'], rho])
   ax = right.subplots()
-  _draw_sweep(ax, numbers, closed_form)
-  ax.set_title(titles[1], loc='left', fontsize=11.5)
+  _draw_sweep(ax, numbers)
+  ratio = share(rhos[-1], SETTINGS['alpha']) / share(rhos[-1], 0.0)
+  title = f'Monge SAM’s basin over SAM’s at ρ = {rhos[-1]:g}: {ratio:.0%}'
+  ax.set_title(title, loc='left', fontsize=11.5)
   fig.savefig(file)
   plt.close(fig)
 
@@ -213,12 +188,11 @@ def _draw_from_above(ax, settings, row, path):
   )
 
 
-def _draw_sweep(ax, numbers, closed_form):
-  grid, curves = closed_form
-  sweep = numbers['sweep']
-  for name, curve in curves.items():
+def _draw_sweep(ax, numbers):
+  grid, sweep = np.linspace(0, SWEEP[-1] + 0.1, 400), numbers['sweep']
+  for name in SHOWN:
     colour = style.COLOURS[name]
-    ax.plot(grid, 100 * curve, color=colour, linewidth=1.6)
+    ax.plot(grid, 100 * share(grid, _alpha(name)), color=colour, linewidth=1.6)
     ax.plot(sweep['rho'], 100 * np.array(sweep[name]), 'o', color=colour, label=name)
   for rho in numbers['settings']['rhos']:
     ax.axvline(rho, color='#adb5bd', linewidth=1, linestyle='--', zorder=0)

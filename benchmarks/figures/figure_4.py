@@ -2,12 +2,12 @@
 
 The paper draws the smaller eigenvalue of A_ρ(w) (its eq. 10, the radius held fixed)
 over the plane for several ρ; a point is stable where it is positive. Left open: which
-ρ, and what "round" a point means. Here ρ is 0.1, 0.25, 0.5 and 1 (that of the other
+ρ, and what "around" a point means. Here ρ is 0.1, 0.25, 0.5 and 1 (that of the other
 figures), the plane is the square [−2, 2]², and each of its points belongs to the
 nearest of saddle and the two flattest minima ±(1, 1). Areas are in units of the plane,
-counted on a grid; that round a minimum is the mean of both, that round the saddle is
+counted on a grid; that around a minimum is the mean of both, that around the saddle is
 counted within 2ρ of it in each coordinate, on a grid as many cells wide. `core` is the
-stable share of the disc of radius 1/2 round the same point.
+stable share of the disc of radius 1/2 around the same point.
 
 Beside the paper's form stands the exact Jacobian of `w ↦ ∇ℓ(w + δ(w))`, and a sweep
 over ρ. Both are statements about a smooth flow: where the gradient is zero, on the
@@ -128,55 +128,30 @@ def table(numbers: dict[str, Any]) -> Table:
   return Table('', [*columns, 'of core at saddle', 'at a minimum'], rows)
 
 
-def draw(numbers: dict[str, Any], maps: dict[str, Any], file: Path) -> None:
-  """Writes the maps of the paper's form and the areas against ρ."""
-  shown = {
-    (method, rho): values
-    for (method, form, rho), values in maps.items()
-    if form == 'fixed radius'
-  }
-  draw_stability(numbers, shown, file)
-
-
 def _plain(value):
   return value if isinstance(value, str) else float(value)
 
 
-def draw_stability(
-  numbers: dict[str, Any],
-  maps: dict[tuple[str, float], np.ndarray],
-  file: Path,
-) -> None:
-  """Writes a row of maps a method, a column a ρ, and the areas below.
-
-  Args:
-    numbers: of `figure_4.measure`.
-    maps: the smaller eigenvalues over the plane for each method and ρ.
-    file: the picture.
-  """
+def draw(numbers: dict[str, Any], maps: dict[Any, np.ndarray], file: Path) -> None:
+  """Writes a row of maps per method, a column per ρ, and the areas below."""
   style.use()
-  rhos = numbers['settings']['rhos']
-  methods = list(dict.fromkeys(method for method, _ in maps))
+  rhos, methods = numbers['settings']['rhos'], list(METRICS)
   fig = plt.figure(figsize=(13, 10.4), layout='constrained')
-  fig.suptitle(
-    'Where the flow attracts: A_ρ with the radius held fixed',
-    fontsize=12.5,
-    x=0.01,
-    ha='left',
-  )
+  title = 'Where the flow attracts: A_ρ with the radius held fixed'
+  fig.suptitle(title, fontsize=12.5, x=0.01, ha='left')
   upper, lower = fig.subfigures(2, 1, height_ratios=(1.8, 1))
   axes = upper.subplots(len(methods), len(rhos), sharex=True, sharey=True)
   for line, method in zip(axes, methods, strict=True):
     for ax, rho in zip(line, rhos, strict=True):
-      image = _draw_map(ax, numbers, method, rho, maps[method, rho])
+      image = _draw_map(ax, numbers, method, rho, maps[method, 'fixed radius', rho])
     bar = upper.colorbar(image, ax=list(line), extend='both', aspect=16, pad=0.01)
     bar.set_label('smaller eigenvalue of A')
     line[0].set_ylabel(method, color=style.COLOURS[method], weight='bold', fontsize=14)
   for ax, rho in zip(axes[0], rhos, strict=True):
     ax.set_title(f'ρ = {rho:g}')
   left, right = lower.subplots(1, 2)
-  _draw_areas(left, numbers, 'saddle', 'stable area round the saddle')
-  _draw_areas(right, numbers, 'minimum', 'stable area round a flattest minimum')
+  _draw_areas(left, numbers, 'saddle', 'stable area around the saddle')
+  _draw_areas(right, numbers, 'minimum', 'stable area around a flattest minimum')
   left.legend(loc='upper left')
   fig.savefig(file)
   plt.close(fig)

@@ -4,12 +4,12 @@ Setting of the paper: 10×10 starts on [−3, 3]², 200 steps, learning rate 0.0
 for SAM, Monge SAM, Fisher SAM (diagonal) and ASAM. Left open: η of Fisher SAM, here 1
 (its metric is then the diagonal of Monge's, α = 1), and η of ASAM, here 0.01 (its
 authors'), both coordinates weights. `sensitivity` has other values: what Fisher SAM
-and ASAM do depends on them. Added: Monge over
-ASAM's metric, and plain gradient descent as a control. A run ends at the saddle if it
-ends within 0.25 of it, and at a flattest minimum if within 0.25 of ±(1, 1).
+and ASAM do depends on them. Added: Monge over ASAM's metric, and plain gradient descent
+as a control. A run ends at the saddle if it ends within 0.25 of it, and at a flattest
+minimum if within 0.25 of ±(1, 1).
 
-Ten starts lie on the line w₁ = −w₂. By symmetry no method leaves it, and all runs there
-end at the saddle, those of gradient descent too: `off_line` counts the other runs at
+Ten starts are on the line w₁ = −w₂. By symmetry no method leaves it, and all runs there
+end at the saddle, also those of gradient descent: `off_line` counts the other runs at
 the saddle. Likewise the ten on w₁ = w₂ can end at a flattest minimum by symmetry.
 """
 
@@ -105,26 +105,13 @@ def table(numbers: dict[str, Any]) -> Table:
   return Table('', [*columns, 'elsewhere', 'median loss'], rows)
 
 
-def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
-  """Writes trajectories and marginals of the ends, and the shares."""
-  draw_ends(numbers, paths, file)
-
-
 def _run(method):
   lr, steps = SETTINGS['lr'], SETTINGS['steps']
   return trajectories(valley, method, starts(), lr=lr, steps=steps)
 
 
-def draw_ends(
-  numbers: dict[str, Any], paths: dict[str, np.ndarray], file: Path
-) -> None:
-  """Writes a panel a method, and bars with the shares.
-
-  Args:
-    numbers: of `figure_5.measure`.
-    paths: ``[starts, steps + 1, 2]`` for each method.
-    file: the picture.
-  """
+def draw(numbers: dict[str, Any], paths: dict[str, np.ndarray], file: Path) -> None:
+  """Writes a panel per method, and bars with the shares."""
   style.use()
   fig = plt.figure(figsize=(16, 8.7), layout='constrained')
   runs = len(numbers['ends']['SAM'])

@@ -83,7 +83,7 @@ def network(name: str, dtype: str, sizes: Mapping[str, Any]) -> Any:
 
 
 def checks(many: int, left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-  """The comparisons, each said when it fails."""
+  """The comparisons; a failure is printed at once."""
   found, unfinished = [], {}
   for check in gpu_checks.run_checks(many):
     if left() <= 0:
@@ -145,7 +145,7 @@ def run_part(
   results: dict[str, Any],
   folder: Path,
 ) -> None:
-  """Runs a part and writes what it yields; what it raises is a result, too."""
+  """Runs a part and writes what it yields; what it raises is also a result."""
   try:
     for so_far in part(left):
       results['parts'][name] = so_far

@@ -9,13 +9,13 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common.steps import CHAIN
 from benchmarks.common.steps import DROP_IN
 from benchmarks.common.steps import drop_in_compile_once
 from benchmarks.common.steps import HAND
+from benchmarks.common.steps import make_loop
 from benchmarks.common.steps import OPAQUE
 from benchmarks.common.steps import Step
 from benchmarks.common.steps import STEPS
@@ -56,7 +56,7 @@ def weigh(
     names: keys of :func:`steps`, or None for all.
     rounds: how many times each step is timed.
     repeats: how many steps of training are taken each time.
-    reserve: the seconds that shall be left for the times: no step is compiled if
+    reserve: the seconds to leave for the times: no step is compiled if
       compiling the slowest one again would leave less.
     left: the seconds left.
     say: prints a line.
@@ -79,7 +79,7 @@ def weigh(
       try:
         step = make(problem.loss)
         compiled, figures[name] = compile_step(step, problem)
-        loops[name] = loop(compiled, step, problem, repeats)
+        loops[name] = make_loop(compiled, step, problem.params, problem.batch, repeats)
       except Exception as error:
         figures[name] = figures.get(name, {}) | explain(error)
     slowest = max(slowest, time.perf_counter() - start)
@@ -98,7 +98,7 @@ def weigh(
 def step_times(
   seconds: Mapping[str, list[float]], repeats: int
 ) -> dict[str, dict[str, Any]]:
-  """Milliseconds a step, and the ratio to the step by hand if that was timed."""
+  """Milliseconds per step, and the ratio to the step by hand if that was timed."""
   times = {}
   for name, measured in seconds.items():
     ms = 1000 * np.asarray(measured) / repeats
@@ -138,22 +138,6 @@ def memory(compiled: Any) -> dict[str, int]:
 def memory_stats() -> dict[str, int]:
   """What the device says of its memory; the peak is that of the process so far."""
   return {k: int(v) for k, v in (jax.devices()[0].memory_stats() or {}).items()}
-
-
-def loop(
-  compiled: Any, step: Step, problem: 'Problem', repeats: int
-) -> Callable[[], None]:
-  """A function that trains for ``repeats`` steps, from where it last ended."""
-  # Copies, because a donated buffer may be given only once, and only by one step.
-  carry = jax.tree.map(jnp.copy, (problem.params, step.tx.init(problem.params)))
-
-  def train():
-    nonlocal carry
-    for _ in range(repeats):
-      carry, value = compiled(carry, problem.batch)
-    jax.block_until_ready((carry, value))
-
-  return train
 
 
 def said(figures: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ what else may be done to the step that is compiled worst.
 
 Every program is stored as soon as it is compiled: after a kill the same command goes
 on from there. All of them take about an hour of one core. `--layers 8` has a deeper
-model, in files of its own.
+model, in separate files.
 """
 
 import functools
@@ -40,18 +40,9 @@ from benchmarks.common.storage import CLOCKS
 from benchmarks.common.storage import folder_for
 from benchmarks.common.storage import run_once
 from benchmarks.common.terminal import progress
+from benchmarks.tpu_compile import steps
 from benchmarks.tpu_compile.model import Sizes
 from benchmarks.tpu_compile.report import report
-from benchmarks.tpu_compile.steps import AXIS
-from benchmarks.tpu_compile.steps import CHANGE_THE_MODEL
-from benchmarks.tpu_compile.steps import DATA_PARALLEL
-from benchmarks.tpu_compile.steps import FULLY_SHARDED
-from benchmarks.tpu_compile.steps import GROUPED
-from benchmarks.tpu_compile.steps import GROUPS
-from benchmarks.tpu_compile.steps import make_step
-from benchmarks.tpu_compile.steps import METHODS
-from benchmarks.tpu_compile.steps import OWN_ASCENTS
-from benchmarks.tpu_compile.steps import REMEDIES
 
 TOPOLOGIES = ('v5e:2x2', 'v5e:4x4', 'v5e:16x16')
 SMALL = 4096  # Bytes: messages below are scalars, whatever the model's size.
@@ -63,7 +54,7 @@ class Cell(NamedTuple):
 
   Attributes:
     topology: a slice of TPUs, one of ``TOPOLOGIES``.
-    layout: how parameters lie on it.
+    layout: how parameters are sharded on it.
     method: a key of ``METHODS``.
     remedy: a key of ``REMEDIES``, ``NOT_DONATED``, or nothing.
   """
@@ -79,15 +70,17 @@ def cells(names: tuple[str, ...]) -> list[Cell]:
   found = [
     Cell(topology, layout, method)
     for topology in names
-    for layout in (FULLY_SHARDED, DATA_PARALLEL, GROUPED)
-    for method in METHODS
-    if (layout != FULLY_SHARDED or method not in OWN_ASCENTS)
-    and (layout != GROUPED or topology != 'v5e:2x2')
+    for layout in (steps.FULLY_SHARDED, steps.DATA_PARALLEL, steps.GROUPED)
+    for method in steps.METHODS
+    if (layout != steps.FULLY_SHARDED or method not in steps.OWN_ASCENTS)
+    and (layout != steps.GROUPED or topology != 'v5e:2x2')
   ]
-  remedies = [(DROP_IN, remedy) for remedy in (*REMEDIES, NOT_DONATED)]
-  remedies += [('adam', remedy) for remedy in CHANGE_THE_MODEL]
+  remedies = [(DROP_IN, remedy) for remedy in (*steps.REMEDIES, NOT_DONATED)]
+  remedies += [('adam', remedy) for remedy in steps.CHANGE_THE_MODEL]
   found += [
-    Cell('v5e:4x4', FULLY_SHARDED, *remedy) for remedy in remedies if 'v5e:4x4' in names
+    Cell('v5e:4x4', steps.FULLY_SHARDED, *remedy)
+    for remedy in remedies
+    if 'v5e:4x4' in names
   ]
   return sorted(found, key=lambda cell: cell.topology != 'v5e:4x4')
 
@@ -104,12 +97,12 @@ def weigh(cell: Cell, sizes: Sizes) -> dict[str, Any]:
     Only ``needs_gb``, if the program does not fit into the memory of a chip.
   """
   mesh = mesh_of(cell.topology, cell.layout)
-  step = make_step(
+  step = steps.make_step(
     cell.method,
     cell.layout,
     mesh,
     sizes,
-    remedy=cell.remedy if cell.remedy in REMEDIES else '',
+    remedy=cell.remedy if cell.remedy in steps.REMEDIES else '',
     donate=cell.remedy != NOT_DONATED,
   )
   lowered = step.run.lower(*step.args)
@@ -139,9 +132,9 @@ def weigh(cell: Cell, sizes: Sizes) -> dict[str, Any]:
 def messages(
   collectives: list[hlo.Collective], mesh: jax.sharding.Mesh
 ) -> dict[str, dict[str, int]]:
-  """Messages of each kind, and scalar ones: how many a step, and of how many bytes."""
+  """Messages per step of each kind, and scalar ones: how many, and of how many bytes."""
   found: dict[str, dict[str, int]] = {}
-  size = mesh.shape[AXIS]
+  size = mesh.shape[steps.AXIS]
   for message in collectives:
     kinds = ['scalar' if message.bytes < SMALL else message.kind]
     if any(len({device // size for device in group}) > 1 for group in message.groups):
@@ -161,10 +154,10 @@ def mesh_of(topology: str, layout: str) -> jax.sharding.Mesh:
   """
   described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
   devices = np.array(described.devices)
-  if layout != GROUPED:
-    return jax.sharding.Mesh(devices, (AXIS,))
+  if layout != steps.GROUPED:
+    return jax.sharding.Mesh(devices, (steps.AXIS,))
   groups = math.isqrt(devices.size)
-  return jax.sharding.Mesh(devices.reshape(groups, groups), (GROUPS, AXIS))
+  return jax.sharding.Mesh(devices.reshape(groups, groups), (steps.GROUPS, steps.AXIS))
 
 
 def main(argv: list[str] | None = None) -> None:

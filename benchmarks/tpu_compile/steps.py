@@ -79,11 +79,11 @@ OWN_ASCENTS = (OWN, OWN_ONCE)
 
 
 def _constrained(model, mesh):
-  """Parameters that are told to lie as they do, those of the probe, too."""
+  """Parameters, and those of the probe, constrained to their own shardings."""
   loss = make_loss(model)
-  lies = jax.tree.map(lambda w: _sharding(mesh, w), model.params)
+  placed = jax.tree.map(lambda w: _sharding(mesh, w), model.params)
   return lambda params, tokens: loss(
-    jax.lax.with_sharding_constraint(params, lies), tokens
+    jax.lax.with_sharding_constraint(params, placed), tokens
   )
 
 
@@ -95,9 +95,9 @@ def _barrier(model, mesh):
 
 
 def _activations(model, mesh):
-  """A model that says where its activations lie: the batch over the chips."""
-  lies = NamedSharding(mesh, P(AXIS))
-  constrain = lambda x: jax.lax.with_sharding_constraint(x, lies)
+  """A model that shards its activations: the batch over the chips."""
+  placed = NamedSharding(mesh, P(AXIS))
+  constrain = lambda x: jax.lax.with_sharding_constraint(x, placed)
   return make_loss(model, constrain=constrain)
 
 
@@ -114,7 +114,7 @@ REMEDIES: dict[str, Callable[[Abstract, Mesh], Callable[..., jax.Array]]] = {
   'activations constrained by the model': _activations,
   'blocks recomputed (jax.checkpoint)': _recomputed,
 }
-# With these a plain step is another one, too.
+# These change the plain step as well.
 CHANGE_THE_MODEL = (
   'activations constrained by the model',
   'blocks recomputed (jax.checkpoint)',
@@ -135,7 +135,7 @@ def make_step(
   Args:
     method: a key of ``METHODS``.
     layout: ``DATA_PARALLEL``, ``FULLY_SHARDED``, or ``GROUPED``: the parameters over
-      the chips of a group, the same in each. The batch lies over all chips.
+      the chips of a group, the same in each. The batch is sharded over all chips.
     mesh: of the axis ``AXIS``, for groups of ``GROUPS`` and ``AXIS``; of described, not
       present, devices.
     sizes: of model and batch.
@@ -152,8 +152,8 @@ def make_step(
   spread = layout != DATA_PARALLEL
   carry = jax.tree.map(lambda x: _place(x, _sharding(mesh, x, spread)), carry)
   tokens = (mesh.size * sizes.batch, sizes.length + 1)
-  lies = NamedSharding(mesh, P(mesh.axis_names))
-  batch = _place(jax.ShapeDtypeStruct(tokens, jnp.int32), lies)
+  placed = NamedSharding(mesh, P(mesh.axis_names))
+  batch = _place(jax.ShapeDtypeStruct(tokens, jnp.int32), placed)
   out = jax.tree.map(lambda x: x.sharding, carry), NamedSharding(mesh, P())
   run = jax.jit(step.run, donate_argnums=(0,) if donate else (), out_shardings=out)
   return Step(run, (carry, batch))

@@ -242,7 +242,7 @@ def test_what_was_compiled_before_the_memory_was_full_is_kept(monkeypatch):
   def full(*args):
     raise jax.errors.JaxRuntimeError(NO_MEMORY)
 
-  monkeypatch.setattr(gpu_steps, 'loop', full)
+  monkeypatch.setattr(gpu_steps, 'make_loop', full)
   *_, result = weigh_toy(NEVER_OVER, reserve=0.0)
   for figures in result['steps'].values():
     assert figures['failed'] == 'out of memory'

@@ -79,7 +79,7 @@ def text_features(model: Path, sentences: list[str]) -> np.ndarray:
 def principal(x: np.ndarray, components: int) -> np.ndarray:
   """The first principal components of ``[N, D]``, centred, ``[N, components]``.
 
-  Of an axis only the line is given; its largest entry shall be positive.
+  The sign of an axis is free: its largest entry is made positive.
   """
   x = x.astype(np.float64) - x.mean(axis=0, dtype=np.float64)
   _, axes = np.linalg.eigh(x.T @ x)

@@ -20,7 +20,7 @@ STORAGES = {'FloatStorage': np.dtype('<f4'), 'LongStorage': np.dtype('<i8')}
 
 
 class Tensor(NamedTuple):
-  """Where a tensor lies: ``offset`` and ``stride`` are counted in elements."""
+  """Where a tensor is stored: ``offset`` and ``stride`` are counted in elements."""
 
   storage: tuple[Any, ...]
   offset: int

@@ -45,7 +45,7 @@ def select(source: Path) -> dict[str, np.ndarray]:
 def main() -> None:
   """Writes the file beside this script, or elsewhere."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('source', type=Path, help='where the four .gz files lie')
+  parser.add_argument('source', type=Path, help='where the four .gz files are')
   parser.add_argument('--out', type=Path, default=TARGET)
   args = parser.parse_args()
   np.savez_compressed(args.out, **select(args.source))
