@@ -132,7 +132,7 @@ def weigh(cell: Cell, sizes: Sizes) -> dict[str, Any]:
 def messages(
   collectives: list[hlo.Collective], mesh: jax.sharding.Mesh
 ) -> dict[str, dict[str, int]]:
-  """Messages per step of each kind, and scalar ones: how many, and of how many bytes."""
+  """How many messages per step of each kind, and scalar ones, and their bytes."""
   found: dict[str, dict[str, int]] = {}
   size = mesh.shape[steps.AXIS]
   for message in collectives:
