@@ -115,7 +115,9 @@ def step(tx, value_and_grad, make_grad_fn=None) -> Step:
   return Step(tx, run)
 
 
-def make_loop(compiled, step: Step, params, batch, repeats: int = 1):
+def make_loop(
+  compiled: Any, step: Step, params: Any, batch: Any, repeats: int = 1
+) -> Callable[[], None]:
   """A function that takes ``repeats`` steps of training, from where it last ended."""
   # Copies, because a donated buffer may be given only once, and only by one step.
   carry = jax.tree.map(jnp.copy, (params, step.tx.init(params)))

@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
       run_part(name, part, left, results, args.out)
     results['skipped'] = [' '.join(path) for path in failed(results, 'skipped')]
-    text = gpu_report.write(results, args.out)
-  say('\n' + text)
+    gpu_report.write(results, args.out)
+  say('\n' + gpu_report.write(results, args.out))
   wrong = [*complaints(results)]
   for name in results['skipped']:
     say(f'skipped: {name}')

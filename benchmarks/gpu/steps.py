@@ -33,7 +33,7 @@ MEMORY = ('temp', 'argument', 'output', 'alias', 'generated_code')
 
 
 def steps(names: Sequence[str] | None = None) -> dict[str, Callable[[Any], Step]]:
-  """The steps, all or those named, first those that matter if the time is short."""
+  """The steps, all or those named, the most important first."""
   known = {name: STEPS[name] for name in (HAND, CHAIN, DROP_IN, ADAM, OPAQUE)}
   known[COMPILE_ONCE] = drop_in_compile_once
   return {name: known[name] for name in names or known}
