@@ -24,6 +24,7 @@ PRETRAINED = 'pretrained'
 # What is chosen by, and whether more of it is better.
 CRITERIA = {'knn': True, 'recall': True, 'loss': False}
 Row = Mapping[str, Any]
+mean = statistics.fmean  # over the seeds
 
 
 class Cell(NamedTuple):
@@ -105,11 +106,6 @@ class Problem:
 
 def _numbers(values: Any) -> list[float]:
   return [float(f'{value:.6g}') for value in np.asarray(values)]
-
-
-def mean(values: Sequence[float]) -> float:
-  """The mean over the seeds."""
-  return statistics.fmean(values)
 
 
 def best(rows: Sequence[Row], split: str, method: str, by: str = 'knn') -> Row:

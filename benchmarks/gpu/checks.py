@@ -19,9 +19,9 @@ import msam_optax
 ALPHA = 0.7  # not 1, so that α and α² differ
 RHO = 0.5
 SCALES = (1e-30, 1e-15, 1.0, 1e15, 1e30)
-# Rounding to bfloat16 is off by up to 2⁻⁸ = .0039. Monge rounds twice, the base's
+# Rounding to bfloat16 is off by up to 2⁻⁸ = 0.0039. Monge rounds twice, the base's
 # direction and its own; a probe that is rounded the other way than in float64 moves
-# the gradient there. On a CPU float32 is off by 4e-7 at most, bfloat16 by .0045.
+# the gradient there. On a CPU float32 is off by 4e-7 at most, bfloat16 by 0.0045.
 ASCENT_TOLERANCE = {'float32': 5e-6, 'bfloat16': 8e-3}
 GRADIENT_TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}
 MANY = 2**24  # entries of one leaf, whose squares one after the other would not add up
