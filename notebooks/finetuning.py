@@ -61,9 +61,9 @@ BOUND = {'color': '#343a40', 'linestyle': '--', 'linewidth': 1.2}
 # ## Data: frozen features
 #
 # Of each emoji there are the features of two pictures, one by Noto and one by OpenMoji
-# (EfficientNet-Lite0), and of its name (MiniLM). They lie in the repository, in
-# `benchmarks/data/emoji_features.npz`; Colab asks for that file. Of emoji that differ only
-# in who is shown, or in the hour, we keep one. The others are divided anew for each of five
+# (EfficientNet-Lite0), and of its name (MiniLM). The repository has them in
+# `benchmarks/data/emoji/emoji_features.npz`; Colab asks for that file. Of emoji that differ
+# only in who is shown, or in the hour, we keep one. The others are divided for each of five
 # seeds: 300 choose the hyperparameters, 300 others are the test.
 
 # %%
@@ -80,7 +80,7 @@ if 'google.colab' in sys.modules:
   path = Path(NAME)
 else:
   folders = (Path.cwd(), *Path.cwd().parents)
-  paths = [folder / 'benchmarks' / 'data' / NAME for folder in folders]
+  paths = [folder / 'benchmarks' / 'data' / 'emoji' / NAME for folder in folders]
   path = next(path for path in paths if path.exists())
 
 
