@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import hlo
+from benchmarks.common import hlo
 import msam_optax
 from msam_optax import flax_linen
 from msam_optax import flax_nnx

@@ -9,7 +9,8 @@ import pytest
 import msam_optax
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted(ROOT.glob('docs/**/*.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md']
+PAGES += sorted(ROOT.glob('docs/**/*.md'))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import hlo
+from benchmarks.common import hlo
 import msam_optax
 from tests import by_hand
 from tests.devices.test_parallel import assert_close
