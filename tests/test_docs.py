@@ -44,6 +44,7 @@ def test_readme_code_trains():
   assert namespace['nnx_loss'] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize(
   'page', [p for p in PAGES[1:] if '```python' in p.read_text()], ids=lambda p: p.name

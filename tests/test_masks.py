@@ -245,6 +245,7 @@ LAYER = {
 }
 
 
+@pytest.mark.slow
 @every_way
 @pytest.mark.parametrize('name', OURS)
 def test_every_metric_has_its_length_under_every_mask(name, way, x64):

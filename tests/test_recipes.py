@@ -27,7 +27,8 @@ from msam_optax import asam
 from tests import by_hand
 
 # Layers and optimizers of others promote dtypes and ranks.
-pytestmark = pytest.mark.standard_promotion
+# What they teach is tested in a plain run as well, in `loops`, `contracts`, `devices`.
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 
 RECIPES = pathlib.Path(__file__).parent.parent / 'docs' / 'recipes'
 NAMES = sorted(path.stem for path in RECIPES.glob('*.py'))

@@ -19,6 +19,9 @@ from msam_optax import Ascent
 from msam_optax import Combination
 from msam_optax import Metric
 from msam_optax import testing
+from tests.methods import cases
+from tests.methods import every_method_slowly
+from tests.methods import is_default
 from tests.methods import METHODS as ROWS
 
 # Leaves of two, one and no dimensions, so that masks and axes have something to do.
@@ -98,9 +101,9 @@ def test_every_metric_is_here():
   assert not missing, f'Add a row with its matrix to METRICS in {__file__}: {missing}'
 
 
-@pytest.mark.parametrize('name', ROWS)
-def test_the_metric_of_every_method_keeps_the_contract(name):
-  testing.assert_metric(ROWS[name].metric, arrays(G), arrays(W))
+@every_method_slowly
+def test_the_metric_of_every_method_keeps_the_contract(method):
+  testing.assert_metric(ROWS[method].metric, arrays(G), arrays(W))
 
 
 @pytest.mark.parametrize(('metric', 'matrix', 'options'), METRICS.values(), ids=METRICS)
@@ -662,7 +665,7 @@ def make(name):
   return getattr(msam_optax, name)()
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', cases(METHODS, plain=is_default))
 def test_every_method_keeps_the_contract(name):
   check_method(make(name))
 

@@ -71,9 +71,8 @@ def test_round_trip(trained, route, tmp_path):
   assert_identical(ROUTES[route](last, first, tmp_path), last)
 
 
-@pytest.mark.parametrize(
-  'name', cases(TRANSFORMATIONS, plain=lambda name: name == 'alpha_schedule')
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', cases(TRANSFORMATIONS))
 def test_killed_run_resumes_bit_for_bit(name, tmp_path):
   killed = run(name, tmp_path, 'kill')
   assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -18,7 +18,7 @@ BY_HAND = {
   'mapped': {'shards': SHARDS, 'sync_ascent': False},
   'mapped_synced': {'shards': SHARDS, 'sync_ascent': True},
 }
-COUNTS = [2, pytest.param(4, marks=pytest.mark.slow)]
+COUNTS = [pytest.param(count, marks=pytest.mark.slow) for count in (2, 4)]
 
 
 @pytest.fixture(scope='module', params=COUNTS, ids='{} processes'.format)
@@ -50,6 +50,7 @@ def test_processes_equal_one_device(trained):
       )
 
 
+@pytest.mark.slow
 def test_the_setups_can_be_told_apart():
   """What the shards do differs by far more than the tolerance of the comparison."""
   for method in METHODS:
