@@ -374,6 +374,7 @@ def test_injected_numbers_may_change(name):
 # ----- Micro-batches --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both_syncs
 @both_orders
 @passes
@@ -516,6 +517,7 @@ def odd_params():
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'jit', [pytest.param(False, marks=pytest.mark.slow), True], ids=['eager', 'jit']
 )
@@ -655,6 +657,7 @@ def test_replicas(name, kind, way, sync):
   np.testing.assert_allclose(np.mean(values), value, rtol=1e-6)
 
 
+@pytest.mark.slow
 @cpu
 @both_syncs
 @every_way
@@ -1453,6 +1456,7 @@ def test_a_combination_that_returns_no_pair_is_named(what, kind, way):
 # ----- Cost -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @cpu
 @ways('chain', 'compiled once')
 @every_combination

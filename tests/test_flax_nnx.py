@@ -670,6 +670,7 @@ FILTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('interface', ['drop-in', 'one loop', 'chain', 'chain, all'])
 @pytest.mark.parametrize('name', FILTERS)
 def test_filters_of_the_optimizer(name, interface):
@@ -755,6 +756,7 @@ def test_model_and_optimizer():
   chex.assert_trees_all_equal(as_dict(nnx.state(model)), as_dict(nnx.state(other)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('jit', [False, True], ids=['without jit', 'with'])
 @pytest.mark.parametrize('interface', INTERFACES)
 def test_a_healthy_step_holds_no_nan_and_no_infinity(interface, jit):

@@ -114,6 +114,7 @@ def close(got, want):
   chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @passes
 @containers
 def test_the_gradient_has_the_structure_that_nnx_gives(container, once):
@@ -150,6 +151,7 @@ def test_a_step_of_the_chain(container, mode):
   assert optax.tree.get(optimizer.opt_state, 'rise')[...] > 0
 
 
+@pytest.mark.slow
 @passes
 @modes
 @pytest.mark.parametrize('container', ['module', 'tuple', 'state'])

@@ -14,13 +14,14 @@ import msam_optax
 from tests import by_hand
 from tests.methods import drop_in
 from tests.methods import every_method
+from tests.methods import every_method_slowly
 from tests.methods import transformation
 from tests.problems import batch
 from tests.problems import loss
 from tests.problems import mlp_params
 
 
-@every_method
+@every_method_slowly
 def test_equals_the_transformation(method):
   params, data = mlp_params(), batch()
   value, grads = drop_in(method, loss)(params, data)

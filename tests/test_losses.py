@@ -123,6 +123,7 @@ def test_one_shared_probe_equals_the_whole_batch(vectorize):
   assert_close(take(w, batch), gradient_by_hand())
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @pytest.mark.parametrize('shards', [None, 2])
 @pytest.mark.parametrize('kind', ['checked', 'unchecked', 'vmap'])
@@ -163,6 +164,7 @@ def test_pmap_counts_by_weights(sync):
     assert_close(got, gradient_by_hand(4, sync))
 
 
+@pytest.mark.slow
 @both_syncs
 @passes
 @pytest.mark.parametrize('what', ['total', 'weight'])
@@ -287,6 +289,7 @@ def test_a_loss_may_sum_over_devices_itself():
 # ---- Loss scaling
 
 
+@pytest.mark.slow
 @passes
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 @pytest.mark.parametrize('shards', [None, 2])
@@ -320,6 +323,7 @@ def test_a_scaled_gradient_does_not_underflow(shards, dtype, once):
   np.testing.assert_allclose(np.float64(grads), probe * tiny, rtol, 2.0**-25)
 
 
+@pytest.mark.slow
 @passes
 @both_syncs
 @pytest.mark.parametrize('weight', [False, True], ids=['mean', 'weighted'])
@@ -485,6 +489,7 @@ def fp8_problem():
   return variables, lambda variables: jnp.mean(model.apply(variables, x) ** 2)
 
 
+@pytest.mark.slow
 @passes
 @pytest.mark.parametrize('scale', [None, 8.0])
 def test_fp8_histories_are_those_of_the_clean_pass(scale, once):

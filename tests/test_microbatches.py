@@ -53,6 +53,7 @@ def test_one_shared_probe_equals_the_whole_batch(method, vectorize):
   assert_close(take(make_params(), make_data()), expected(method))
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @both_syncs
 @passes
@@ -64,6 +65,7 @@ def test_micro_batches_on_each_of_several_devices(check_vma, once, sync):
   assert_close(got, expected('msam', parts=4, shards=2, synced=sync)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @has_explicit_sharding
 @both_syncs
@@ -204,6 +206,7 @@ def test_bfloat16_gradients_are_summed_in_float32(sync, once):
   assert grad == 1.0
 
 
+@pytest.mark.slow
 @both_syncs
 @passes
 def test_perturbation_dtype_keeps_a_radius_that_bfloat16_would_lose(once, sync):

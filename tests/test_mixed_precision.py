@@ -15,7 +15,6 @@ from msam_optax import flax_linen
 from msam_optax import msam
 from tests.methods import cases
 from tests.methods import drop_in
-from tests.methods import every_method
 from tests.methods import every_method_slowly
 from tests.methods import is_default
 from tests.methods import METHODS
@@ -81,6 +80,7 @@ INTERFACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('at', ['clean', 'probe'])
 @pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def debugging():
 
 @pytest.mark.usefixtures('debugging')
 @pytest.mark.parametrize('eager', [False, True], ids=['jit', 'disable_jit'])
-@every_method
+@every_method_slowly
 def test_a_healthy_step_makes_no_nan_on_its_way(method, eager):
   """Nor an infinity, at any size of the gradient, nor where it is zero."""
   tx = transformation(method)

@@ -520,6 +520,7 @@ def test_in_shard_map_as_on_one_device(metric, by_hand, specs, check_vma):
   assert_step(step(PARAMS), by_hand)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @pytest.mark.parametrize('spec', [P('i'), P(None, 'i')], ids=['rows', 'columns'])
 @on_every_device
@@ -530,6 +531,7 @@ def test_under_jit_with_sharded_arrays_as_on_one_device(metric, by_hand, specs, 
   assert_step(jax.jit(step_of(metric))(params), by_hand)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @has_explicit_sharding
 @pytest.mark.parametrize('spec', [P('i'), P(None, 'i')], ids=['rows', 'columns'])

@@ -117,6 +117,7 @@ def test_trace_of_diagonal_hessian_is_exact():
   np.testing.assert_allclose(got, 2 * scale.sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('which', ['largest', 'smallest'])
 def test_eigenvalues_of_network(which):
@@ -151,6 +152,7 @@ def test_eigenvalues_without_a_dense_matrix(which):
   np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('which', ['largest', 'smallest'])
 def test_equal_eigenvalues_count_as_often_as_they_occur(which):
@@ -194,6 +196,7 @@ SPECTRA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('which', ['largest', 'smallest'])
 @pytest.mark.parametrize(
@@ -382,6 +385,7 @@ def test_which_of_the_real_parts(which):
   np.testing.assert_allclose(got, [3, 4] if which == 'largest' else [1, 2], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('which', ['largest', 'smallest'])
 def test_stability_in_many_dimensions_over_20_decades_of_scale(which):
@@ -430,6 +434,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_a_model_that_can_be_called_is_a_tree_of_parameters(name):
   """Of ``(‖m(1)‖² + c Σw)/2``; the same as for a list of its leaves."""
@@ -495,6 +500,7 @@ def test_a_leaf_that_is_no_real_array(name, leaf, found):
     CALLS[name](lambda p: jnp.sum(p['w'] ** 2), {'w': jnp.ones(2), 'b': leaf})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CALLS)
 def test_arrays_of_an_equinox_model_as_the_message_says(name):
   model = eqx.nn.MLP(2, 'scalar', 3, 1, key=KEY)
@@ -537,6 +543,7 @@ def test_healthy_calls_make_no_nan_and_no_inf_on_the_way(name):
     chex.assert_tree_all_finite(CALLS[name](loss_fn, params))
 
 
+@pytest.mark.slow
 def test_healthy_krylov_spaces_make_no_nan_and_no_inf_on_the_way():
   """One that is exhausted, for eigenvalues that are equal."""
   with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit():

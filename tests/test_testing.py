@@ -111,6 +111,7 @@ def test_every_metric_keeps_the_contract(metric, matrix, options):
   testing.assert_metric(metric, arrays(G), arrays(W), matrix=matrix, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_metrics_keep_the_contract_in_float64():
   metric, matrix, options = METRICS['monge over adaptive']
@@ -424,6 +425,7 @@ def test_every_combination_keeps_the_contract(name):
   check_combination(COMBINATIONS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_a_combination_keeps_the_contract_in_float64():
   combination = msam_optax.surrogate_gap(0.6)
@@ -869,6 +871,7 @@ BROKEN_METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('tx', 'message'), BROKEN_METHODS.values(), ids=BROKEN_METHODS)
 def test_a_broken_method_fails(tx, message):
   with pytest.raises(AssertionError, match=message):

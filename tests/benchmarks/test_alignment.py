@@ -187,6 +187,7 @@ def test_a_batch_has_no_concept_twice():
   assert (styles == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', alignment_training.METHODS)
 def test_radius_and_rate_are_traced(method):
   """At radius zero both are SGD, and a change of radius or rate compiles nothing."""

@@ -29,6 +29,7 @@ def assert_bars_hold(problem, names):
   assert not exceeded
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @pytest.mark.parametrize(
   'name', [pytest.param('conv net', marks=pytest.mark.slow), 'transformer']

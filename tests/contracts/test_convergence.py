@@ -26,8 +26,8 @@ pytestmark = [
 ]
 
 
-# The hardest target, and the one with leaves of one and of two dimensions.
-DEFAULT_TARGETS = ('rosenbrock', 'mixed')
+# The hardest.
+DEFAULT_TARGETS = ('rosenbrock',)
 
 
 @pytest.mark.parametrize(

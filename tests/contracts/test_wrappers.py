@@ -205,6 +205,7 @@ def test_before_every_wrapper_in_a_chain(method, name):
   chex.assert_trees_all_close(chained, alone, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @every_method_before_some
 def test_drop_in_works_with_every_wrapper(method, name):
   take = drop_in(method, lambda p: loss(p, DATA))
@@ -325,6 +326,7 @@ def test_accumulation_of_the_drop_in(method):
   )
 
 
+@pytest.mark.slow
 @every_method_slowly
 def test_accumulation_round_the_method_needs_the_whole_batch_in_grad_fn(method):
   """``MultiSteps(chain(msam, optimizer))`` is right if ``grad_fn`` has all batches."""

@@ -427,6 +427,7 @@ def test_an_axis_name_that_is_no_name_is_refused(interface):
     INTERFACES[interface]('msam', axis_name=['i'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
 @pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
 @pytest.mark.parametrize('shards', [None, 2])
@@ -486,6 +487,7 @@ def test_a_frozen_leaf_may_lie_as_it_likes():
   np.testing.assert_allclose(got, params['w'] * (1 + 0.5 / n), rtol=1e-6)
 
 
+@pytest.mark.slow
 @has_explicit_sharding
 @every_interface
 @both_syncs
