@@ -1,0 +1,145 @@
+"""What a metric and a combination get of the other leaves and devices."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import msam_optax
+from msam_optax import landscape
+
+
+def running_mean(*, averaged):
+  """A metric with memory: up the running mean of the gradients, as VaSSO goes."""
+
+  def init(params):
+    return jax.tree.map(jnp.zeros_like, params)
+
+  def ascend(grads, state, params, *, space, **extra_args):
+    grads = space.mean(grads) if averaged else grads
+    state = jax.tree.map(lambda m, g: 0.5 * m + 0.5 * g, state, grads)
+    unit, norm = space.normalize(state)
+    return msam_optax.Ascent(unit, norm), state
+
+  return msam_optax.Metric(init, ascend)
+
+
+def plain(grads, state, params, *, space, **extra_args):
+  """The Euclidean metric, as a user writes it."""
+  unit, norm = space.normalize(space.mean(grads))
+  return msam_optax.Ascent(unit, norm), state
+
+
+PLAIN = msam_optax.Metric(lambda params: optax.EmptyState(), plain)
+
+
+def loss(w, x):
+  return jnp.sum((w - x) ** 2)
+
+
+def mean_loss(w, x):
+  return jnp.mean((w[None] - x) ** 2)
+
+
+X = jnp.array([[0.5, -1.0], [2.0, 0.25]])
+W = jnp.array([0.1, 0.2])
+
+
+def test_a_metric_with_memory_remembers_the_mean_over_replicas():
+  tx = msam_optax.sharpness_aware(running_mean(averaged=True), 0.1, axis_name='i')
+
+  def step(x):
+    grad_fn = lambda w: jax.grad(loss)(w, x)
+    return tx.update(grad_fn(W), tx.init(W), W, grad_fn=grad_fn)
+
+  updates, state = jax.vmap(step, axis_name='i')(X)
+  memory = 0.5 * np.mean(2 * (W[None] - X), axis=0)
+  np.testing.assert_allclose(state.metric_state, np.tile(memory, (2, 1)), rtol=1e-6)
+  delta = 0.1 * memory / np.linalg.norm(memory)
+  expected = np.mean(2 * ((W + delta)[None] - X), axis=0)
+  np.testing.assert_allclose(updates, np.tile(expected, (2, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize('options', [{'axis_name': 'i'}, {'shards': 2}], ids=str)
+def test_a_metric_of_one_micro_batch_has_no_mean(options):
+  f = msam_optax.value_and_grad(mean_loss, PLAIN, 0.1, **options)
+  with pytest.raises(
+    ValueError, match=r'cannot use `space.mean` .* `sync_ascent=True`'
+  ):
+    jax.vmap(f, axis_name='i', in_axes=(None, 0))(W, jnp.stack([X, X]))
+
+
+@pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
+@pytest.mark.parametrize('options', [{}, {'shards': 2, 'sync_ascent': True}], ids=str)
+def test_the_mean_of_what_is_one_is_itself(options, once):
+  f = msam_optax.value_and_grad(mean_loss, PLAIN, 0.1, compile_once=once, **options)
+  expected = msam_optax.value_and_grad(mean_loss, msam_optax.euclidean(), 0.1)(W, X)
+  chex.assert_trees_all_close(f(W, X), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('bad', [-1e-9, jnp.nan])
+def test_a_number_that_goes_wrong_does_not_reach_the_clean_pass(bad):
+  """Statistics of a batch that it makes would not be numbers for ever."""
+  with_aux = lambda w, x: (loss(w, x), jnp.mean(w))
+
+  @jax.jit
+  def step(rho):
+    f = msam_optax.value_and_grad(
+      with_aux, msam_optax.monge(), rho, has_aux=True, compile_once=True
+    )
+    return f(W, X[0])
+
+  (value, aux), grads = step(jnp.float32(bad))
+  np.testing.assert_allclose(value, loss(W, X[0]), rtol=1e-6)
+  np.testing.assert_allclose(aux, 0.15, rtol=1e-6)
+  assert np.isnan(grads).all()
+
+
+def test_a_landscape_along_a_metric_of_ones_own():
+  direction = landscape.steepest_direction(lambda w: loss(w, X[0]), W, PLAIN)
+  g = 2 * (W - X[0])
+  np.testing.assert_allclose(direction, g / np.linalg.norm(g), rtol=1e-6)
+
+
+def test_parameters_without_leaves_have_nothing_to_perturb():
+  tx = msam_optax.msam()
+  updates, state = tx.update({}, tx.init({}), {}, grad_fn=lambda params: {})
+  assert updates == {}
+  assert state.radius == 0
+
+
+def test_a_normalized_direction_has_the_dtypes_of_the_gradients():
+  g = {'a': jnp.ones(2, jnp.bfloat16), 'b': jnp.ones(2, jnp.float32)}
+  tx = msam_optax.normalize_by(PLAIN)
+  direction, _ = tx.update(g, tx.init(g), g)
+  chex.assert_trees_all_equal_shapes_and_dtypes(direction, g)
+
+
+@pytest.mark.parametrize(
+  ('due', 'found'),
+  [
+    (lambda g, state, space: None, 'None'),
+    (lambda g, state, space: 1.0, r'float32\[\]'),
+    (lambda g, state, space: g > 0, r'bool\[2\]'),
+  ],
+  ids=['None', 'a number', 'a vector'],
+)
+def test_what_due_returns_is_checked(due, found):
+  combination = msam_optax.probe_gradient()._replace(due=due)
+  tx = msam_optax.sharpness_aware(msam_optax.euclidean(), 0.1, combination)
+  with pytest.raises(TypeError, match=rf'must return a bool, one scalar, not {found}'):
+    tx.update(W, tx.init(W), W, grad_fn=lambda w: w)
+
+
+def test_a_combination_that_needs_a_probe_says_when_it_had_none():
+  combination = msam_optax.Combination(
+    lambda params: optax.EmptyState(),
+    lambda grads, state, space: (grads[1], state),
+    due=lambda g, state, space: jnp.sum(g) > 0,
+  )
+  tx = msam_optax.sharpness_aware(msam_optax.euclidean(), 0.1, combination)
+  with pytest.raises(IndexError) as error:
+    tx.update(W, tx.init(W), W, grad_fn=lambda w: w)
+  assert 'called with `(g,)` alone' in error.value.__notes__[0]
