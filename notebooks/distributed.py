@@ -212,10 +212,24 @@ for layout, params_on_devices in layouts.items():
 # `value_and_grad(…, shards=m)` cuts the batch of *one* device into $m$ shards, each with a
 # probe of its own. So $m$ is a choice of yours, and not of the machine: what was trained on
 # eight devices can be trained on one, and the other way round.
+#
+# Row $i$ of the batch is in micro-batch $i$ mod $m$, so that a sharded batch stays where it
+# is. To compare with the loop above, deal the rows out in that order first.
+
 
 # %%
+def dealt(data, devices, shards):
+  """The rows in an order in which micro-batch k of a device is its k-th block."""
+
+  def deal(a):
+    blocks = np.reshape(a, (devices, shards, -1, *a.shape[1:]))
+    return np.swapaxes(blocks, 1, 2).reshape(a.shape)
+
+  return jax.tree.map(deal, data)
+
+
 take = value_and_grad(loss_fn, monge(ALPHA), RHO, shards=M)  # <-- the line that differs
-value, grads = jax.jit(take)(params, data)
+value, grads = jax.jit(take)(params, dealt(data, 1, M))
 check(f'one device, shards={M}', grads, on_their_own)
 
 take = value_and_grad(loss_fn, monge(ALPHA), RHO, axis_name='i', shards=2)
@@ -227,7 +241,7 @@ grads = jax.jit(
     in_specs=(P(), P('i')),
     out_specs=P(),
   )
-)(params, data)
+)(params, dealt(data, 4, 2))
 check('4 devices, shards=2', grads, on_their_own)
 
 # %% [markdown]
