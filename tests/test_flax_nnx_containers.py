@@ -304,6 +304,7 @@ def select(params, names, kernels):
   }
 
 
+@pytest.mark.slow
 @passes
 @pytest.mark.parametrize('name', ARGNUMS)
 def test_which_arguments(name, once):

@@ -220,6 +220,7 @@ def test_weights_that_cancel_in_a_part_lose_nothing(once):
   np.testing.assert_allclose(grad, -2 * (-2 * 4 + 1 + 2 * 3) / 3, rtol=1e-6)
 
 
+@pytest.mark.slow
 @both_ways
 @passes
 def test_counts_may_be_integers_and_totals_bfloat16(once, vectorize):

@@ -221,6 +221,7 @@ def test_eigenvalues_over_20_decades_of_scale_and_6_of_spread(dtype, which):
       )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('which', ['largest', 'smallest'])
 def test_eigenvalues_on_one_side_of_a_tiny_hessian(which):
   spectrum = np.linspace(-3e-6, 1e-5, 100)
@@ -262,6 +263,7 @@ def hessian_and_gradient(w):
   return dense_hessian(valley, w), np.asarray(jax.grad(valley)(w))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('alpha', [0.0, 1.0, 3.0])
 @pytest.mark.parametrize('fixed_radius', [True, False], ids=['fixed', 'exact'])

@@ -36,7 +36,9 @@ DEFAULT_TARGETS = ('rosenbrock',)
     DEFAULT,
     OPTIMIZERS,
     TARGETS,
-    plain=lambda method, optimizer, target: target in DEFAULT_TARGETS,
+    plain=lambda method, optimizer, target: (
+      target in DEFAULT_TARGETS and optimizer in SOME_OPTIMIZERS
+    ),
   )
   + cases(OTHERS, SOME_OPTIMIZERS, ('mixed',), plain=is_default),
 )

@@ -195,6 +195,7 @@ every_method_before_some = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @every_method_before_some
 def test_before_every_wrapper_in_a_chain(method, name):
   """``chain(msam, wrapper(optimizer))`` gives the wrapper the gradient at the probe."""
