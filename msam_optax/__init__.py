@@ -20,12 +20,12 @@ from msam_optax.metrics import adaptive
 from msam_optax.metrics import Ascent
 from msam_optax.metrics import diagonal_fisher
 from msam_optax.metrics import euclidean
-from msam_optax.metrics import max_norm
 from msam_optax.metrics import Metric
-from msam_optax.metrics import spectral
 from msam_optax.monge import capped
 from msam_optax.monge import monge
 from msam_optax.monge import MongeState
+from msam_optax.norms import max_norm
+from msam_optax.norms import spectral
 from msam_optax.perturbation import perturb
 from msam_optax.spaces import LOCAL
 from msam_optax.spaces import Space

@@ -198,7 +198,7 @@ def check_first(grads: Any, grad: Any) -> None:
 
 
 def pair_hint(tree: Any, reference: Any) -> str:
-  """What a pair in the place of gradients seems to be, and how to pass it."""
+  """What a pair given instead of gradients seems to be, and how to pass it."""
   structure = jax.tree.structure
   if structure(tree) == structure(reference):
     return ''

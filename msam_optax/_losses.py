@@ -82,7 +82,7 @@ def differentiated(
 
 
 def map_gradients(f: Callable[..., Any], grads: Any, *others: Any) -> Any:
-  """``f`` of each gradient, not of the new values that stand in the place of some."""
+  """``f`` of each gradient; new values that Flax puts there instead stay."""
   return jax.tree.map(
     lambda replaced, g, *xs: g if replaced else f(g, *xs),
     _masks.overwritten(grads),

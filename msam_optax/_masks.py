@@ -11,8 +11,8 @@ import optax
 
 from msam_optax import _numerics
 
-# Flax's collection of FP8 scaling factors: what stands in the place of their gradients
-# is the new values, by which they are overwritten.
+# Flax's collection of FP8 scaling factors. Instead of their gradients it has their new
+# values, by which they are overwritten.
 OVERWRITTEN = '_overwrite_with_gradient'
 
 # The names of biases and of the scales and shifts of normalisations, in Flax, Haiku,

@@ -143,21 +143,17 @@ def at_probes(
     value, grads = evaluate(probe)
     return value, _masks.fill(grads, present, w)
 
-  def grad_fn(subtree):
-    _, grads = probe_gradient(_masks.extend(subtree, perturbed, w))
-    return _masks.restrict(average(grads), perturbed)
-
-  ascent, metric_state = perturbation.ascend(
+  ascent, metric_state = metrics.ascend_on(
+    perturbed,
     setting.metric,
     g,
     metric_state,
     w,
-    mask=perturbed,
-    extra_args={
+    {
       **(extra_args or {}),
       'space': space,
       'rho': rho,
-      'grad_fn': grad_fn,
+      'grad_fn': lambda params: average(probe_gradient(params)[1]),
     },
   )
   magnitudes = perturbation.magnitudes_of(g, setting.param_specs)
@@ -179,6 +175,15 @@ def at_probes(
   scales = setting.combination.scales if scales is None else scales
   grads, radii, values = zip(*(at_scale(scale) for scale in scales), strict=True)
   return Probes(grads, ascent.slope, radii[0], values[0], metric_state)
+
+
+def is_due(begin: Start, state: Any, space: spaces.Space, setting: Setting) -> Any:
+  """Whether this step has probes: what the ``due`` of the combination says."""
+  g = _masks.restrict_to_real(begin.grads, _masks.trained(begin.params))
+  assert setting.combination.due is not None
+  due = setting.combination.due(g, state, space)
+  combinations.check_due(due)
+  return due
 
 
 def combine(

@@ -1,6 +1,5 @@
 """The probe: the parameters, moved uphill by the radius."""
 
-from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -72,54 +71,6 @@ def _(primals, tangents):
   w, step = primals
   dw, dstep = tangents
   return _add(w, step), (dw.astype(step.dtype) + dstep).astype(w.dtype)
-
-
-def ascend(
-  metric: metrics.Metric,
-  grads: Any,
-  state: Any,
-  params: Any,
-  *,
-  mask: Any,
-  extra_args: Mapping[str, Any],
-) -> tuple[metrics.Ascent, Any]:
-  """The metric's ascent over the perturbed leaves: it sees no others.
-
-  Args:
-    metric: the metric.
-    grads: pytree of arrays.
-    state: the metric's state.
-    params: pytree like ``grads``, or None.
-    mask: which leaves are perturbed, a tree of bools like ``grads``.
-    extra_args: what else the metric gets, ``space`` among it.
-
-  Returns:
-    The ascent, whose direction has an ``optax.MaskedNode`` for all other leaves, and
-    the metric's next state.
-
-  Raises:
-    TypeError: if the metric does not return an Ascent and a state.
-    ValueError: if the direction is not like the gradients, or the slope no scalar.
-  """
-  grads = _masks.restrict(grads, mask)
-  params = None if params is None else _masks.restrict(params, mask)
-  result = metric.ascend(grads, state, params, **extra_args)
-  is_pair = isinstance(result, tuple) and len(result) == 2
-  if not is_pair or not isinstance(result[0], metrics.Ascent):
-    raise TypeError(
-      'The `ascend` of a Metric must return `(Ascent(direction, slope), state)`, but'
-      f' it returns a {type(result).__name__}. One without a state returns the state'
-      ' that it gets.'
-    )
-  ascent, new_state = result
-  if jnp.shape(ascent.slope):
-    raise ValueError(
-      'The slope that a metric returns must be a scalar, but its shape is'
-      f' {jnp.shape(ascent.slope)}.'
-    )
-  what = 'The direction that a metric returns must be like the gradients that it gets'
-  _checks.check_like(ascent.direction, grads, what=what, dtypes=False)
-  return ascent, new_state
 
 
 def distance(

@@ -334,15 +334,9 @@ def stability(
 def _ascent(metric, grads, params, mask, rho, grad_fn):
   """The ascent over the leaves of a mask, with a direction of zero in all others."""
   state = metric.init(_masks.restrict(params, mask))
-  on_perturbed = lambda v: _masks.restrict(
-    grad_fn(_masks.extend(v, mask, params)), mask
-  )
-  extra_args = {'space': spaces.LOCAL, 'rho': rho, 'grad_fn': on_perturbed}
-  ascent, _ = perturbation.ascend(
-    metric, grads, state, params, mask=mask, extra_args=extra_args
-  )
-  zeros = jax.tree.map(jnp.zeros_like, grads)
-  return ascent._replace(direction=_masks.extend(ascent.direction, mask, zeros))
+  extra_args = {'space': spaces.LOCAL, 'rho': rho, 'grad_fn': grad_fn}
+  ascent, _ = metrics.ascend_on(mask, metric, grads, state, params, extra_args)
+  return ascent._replace(direction=metrics.directions_of_all(ascent, mask, grads))
 
 
 def _flat(params):

@@ -18,7 +18,6 @@ from msam_optax import _numerics
 from msam_optax import _passes
 from msam_optax import combinations
 from msam_optax import metrics
-from msam_optax import perturbation
 from msam_optax import spaces
 
 
@@ -239,9 +238,7 @@ def sharpness_aware(
     if combination.due is None:
       results = with_probes()
     else:
-      gradient = _masks.restrict_to_real(begin.grads, _masks.trained(params))
-      due = combination.due(gradient, state.combination_state, space)
-      combinations.check_due(due)
+      due = _passes.is_due(begin, state.combination_state, space, setting)
       results = jax.lax.cond(due, with_probes, without_probes)
     new_updates, combination_state, metric_state, scalars = results
     new_state = SharpnessAwareState(
@@ -294,20 +291,11 @@ def normalize_by(
     every = _masks.resolve_mask(None, updates)
     _devices.check_sharded(updates, param_specs, every)
     perturbed = _masks.perturbed(None, updates)
-    ascent, state = perturbation.ascend(
-      metric,
-      updates,
-      state,
-      params,
-      mask=perturbed,
-      extra_args={'space': spaces.over(None, param_specs)},
+    extra_args = {'space': spaces.over(None, param_specs)}
+    ascent, state = metrics.ascend_on(
+      perturbed, metric, updates, state, params, extra_args
     )
-    directions = _masks.extend(ascent.direction, perturbed, updates)
-
-    def of_leaf(is_perturbed, direction, g):
-      return direction.astype(g.dtype) if is_perturbed else jnp.zeros_like(g)
-
-    return jax.tree.map(of_leaf, perturbed, directions, updates), state
+    return metrics.directions_of_all(ascent, perturbed, updates), state
 
   return optax.GradientTransformation(init, update)
 
