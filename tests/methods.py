@@ -12,6 +12,7 @@ import itertools
 from typing import Any
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -128,9 +129,31 @@ METHODS: dict[str, Method] = {
   ),
 }
 
-# What a plain run tests where a test compiles much; the other methods are slow there.
+
+def _kind(row: Method) -> tuple[Any, ...]:
+  """What loops, wrappers and devices can tell methods apart by."""
+  params = np.zeros(2, np.float32)
+  remembers = lambda part: bool(part and jax.tree.leaves(part.init(params)))
+  combination = row.combination
+  return (
+    combination is None,
+    len(row.scales),
+    remembers(row.metric),
+    remembers(combination),
+    bool(combination and combination.due),
+  )
+
+
+# The first method of each kind. Formulas are tested on every method, what is the same
+# code for all methods of a kind on one.
+KINDS = tuple(
+  name
+  for i, (name, row) in enumerate(METHODS.items())
+  if _kind(row) not in map(_kind, [*METHODS.values()][:i])
+)
+# What a plain run takes where a test compiles much; all else is slow there.
 DEFAULT = ('msam',)
-OTHERS = tuple(name for name in METHODS if name not in DEFAULT)
+OTHER_KINDS = tuple(name for name in KINDS if name not in DEFAULT)
 
 
 def find(method: str | Method) -> Method:
@@ -201,8 +224,10 @@ def cases(
   ]
 
 
-# Before a test that is cheap, and before one that compiles much.
+# Before a test of formulas, one that also compiles much, and one of what is the same
+# code for all methods of a kind.
 every_method = pytest.mark.parametrize('method', cases(METHODS))
 every_method_slowly = pytest.mark.parametrize(
   'method', cases(METHODS, plain=is_default)
 )
+every_kind_slowly = pytest.mark.parametrize('method', cases(KINDS, plain=is_default))

@@ -14,7 +14,7 @@ from msam_optax import msam
 from msam_optax.flax_linen import TrainState
 from tests import by_hand
 from tests.methods import drop_in
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import transformation
 
 pytestmark = pytest.mark.standard_promotion
@@ -72,7 +72,7 @@ def train_step(state, key):
   return state, loss
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_statistics_are_those_of_one_clean_pass(method):
   state, key = create(chain(method, optax.sgd(0.1))), jax.random.key(7)
   clean = jax.jit(loss_fn)(state.params, state, key)
@@ -82,7 +82,7 @@ def test_statistics_are_those_of_one_clean_pass(method):
   assert after.step == 1
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_step_is_that_by_hand_with_one_dropout_key(method):
   state, key = create(chain(method, optax.sgd(0.1))), jax.random.key(7)
   grad = jax.grad(lambda p: loss_fn(p, state, key)[0])
@@ -92,7 +92,7 @@ def test_step_is_that_by_hand_with_one_dropout_key(method):
   chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-6)
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_drop_in_does_the_same_with_flax_own_state(method):
   key = jax.random.key(7)
   ours = create(chain(method, optax.sgd(0.1)))
@@ -126,7 +126,7 @@ def test_missing_grad_fn_is_named():
     state.apply_gradients(grads=params)
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_serialization_round_trip_continues_bit_for_bit(method):
   state = create(chain(method, optax.adam(0.1)))
   keys = jax.random.split(jax.random.key(3), 4)

@@ -20,7 +20,7 @@ from msam_optax import msam
 from tests import by_hand
 from tests import methods
 from tests.devices import test_parallel
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import transformation
 
 pytestmark = pytest.mark.standard_promotion
@@ -109,7 +109,7 @@ INTERFACES = ('drop-in', 'compiled once', 'chain')
 
 @pytest.mark.parametrize('jit', [False, True], ids=['eager', 'jit'])
 @pytest.mark.parametrize('interface', INTERFACES)
-@every_method_slowly
+@every_kind_slowly
 def test_one_step(method, interface, jit):
   tx, step = make_step(method, interface)
   model, clean = make(), make()
@@ -263,7 +263,7 @@ def test_a_loop_carries_no_copy_of_what_it_does_not_change(wrap):
 
 @pytest.mark.cpu
 @passes
-@every_method_slowly
+@every_kind_slowly
 @pytest.mark.parametrize('sharded', [False, True], ids=['replicated', 'sharded'])
 def test_shard_map(sharded, method, once):
   """Data over one axis, and the model's last axis over another or not at all."""

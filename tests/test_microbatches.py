@@ -23,8 +23,8 @@ from tests.devices.test_parallel import make_params
 from tests.devices.test_parallel import mapped
 from tests.devices.test_parallel import place
 from tests.devices.test_parallel import place_explicitly
+from tests.methods import every_kind_slowly
 from tests.methods import every_method
-from tests.methods import every_method_slowly
 from tests.methods import METHODS
 
 both_syncs = pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
@@ -35,7 +35,7 @@ passes = pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one 
 @both_syncs
 @both_ways
 @passes
-@every_method_slowly
+@every_kind_slowly
 def test_equals_as_many_devices(method, once, vectorize, sync):
   take = drop_in(
     method, shards=4, vectorize_shards=vectorize, sync_ascent=sync, compile_once=once
@@ -47,7 +47,7 @@ def test_equals_as_many_devices(method, once, vectorize, sync):
 
 
 @both_ways
-@every_method_slowly
+@every_kind_slowly
 def test_one_shared_probe_equals_the_whole_batch(method, vectorize):
   take = drop_in(method, shards=8, vectorize_shards=vectorize, sync_ascent=True)
   assert_close(take(make_params(), make_data()), expected(method))

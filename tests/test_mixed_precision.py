@@ -15,9 +15,9 @@ from msam_optax import flax_linen
 from msam_optax import msam
 from tests.methods import cases
 from tests.methods import drop_in
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import is_default
-from tests.methods import METHODS
+from tests.methods import KINDS
 from tests.methods import transformation
 from tests.problems import batch
 from tests.problems import loss as mlp_loss
@@ -84,7 +84,7 @@ INTERFACES = {
 @pytest.mark.parametrize('at', ['clean', 'probe'])
 @pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
 @pytest.mark.parametrize(
-  ('method', 'interface'), cases(METHODS, INTERFACES, plain=is_default)
+  ('method', 'interface'), cases(KINDS, INTERFACES, plain=is_default)
 )
 def test_what_is_not_finite_on_one_replica_is_so_on_all(
   method, interface, sync_ascent, at
@@ -257,7 +257,7 @@ def debugging():
 
 @pytest.mark.usefixtures('debugging')
 @pytest.mark.parametrize('eager', [False, True], ids=['jit', 'disable_jit'])
-@every_method_slowly
+@every_kind_slowly
 def test_a_healthy_step_makes_no_nan_on_its_way(method, eager):
   """Nor an infinity, at any size of the gradient, nor where it is zero."""
   tx = transformation(method)
@@ -279,7 +279,7 @@ def test_a_healthy_step_makes_no_nan_on_its_way(method, eager):
 @pytest.mark.usefixtures('debugging')
 @pytest.mark.parametrize('options', [{}, {'compile_once': True}], ids=str)
 @pytest.mark.parametrize('eager', [False, True], ids=['jit', 'disable_jit'])
-@every_method_slowly
+@every_kind_slowly
 def test_a_healthy_drop_in_makes_no_nan_on_its_way(method, eager, options):
   with jax.disable_jit(eager):
     value, _ = drop_in(method, mlp_loss, **options)(mlp_params(), batch())

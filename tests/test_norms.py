@@ -37,7 +37,7 @@ def random_tree(seed, dtype=np.float64):
 
 
 MATRICES = [('tall', 'kernel'), ('wide', 'kernel')]
-OTHERS = [('tall', 'bias'), ('wide', 'bias'), ('conv',), ('temperature',)]
+OTHER_KINDS = [('tall', 'bias'), ('wide', 'bias'), ('conv',), ('temperature',)]
 
 
 def at(tree, path):
@@ -79,7 +79,7 @@ def largest_entry(tree):
 
 def largest_norm(tree):
   """Of each matrix the largest singular value, and the length of all else."""
-  others = np.concatenate([at(tree, path).ravel() for path in OTHERS])
+  others = np.concatenate([at(tree, path).ravel() for path in OTHER_KINDS])
   largest = [singular_values(at(tree, path))[0] for path in MATRICES]
   return max(np.linalg.norm(others), *largest)
 
@@ -116,8 +116,8 @@ def test_spectral_is_the_polar_factor_and_the_nuclear_norm(x64):
     U, s, Vt = np.linalg.svd(at(grads, path), full_matrices=False)
     np.testing.assert_allclose(at(direction, path), U @ Vt, atol=1e-9)
     total += np.sum(s)
-  norm = np.sqrt(sum(np.sum(at(grads, path) ** 2) for path in OTHERS))
-  for path in OTHERS:
+  norm = np.sqrt(sum(np.sum(at(grads, path) ** 2) for path in OTHER_KINDS))
+  for path in OTHER_KINDS:
     np.testing.assert_allclose(at(direction, path), at(grads, path) / norm, rtol=1e-12)
   np.testing.assert_allclose(slope, total + norm, rtol=1e-9)
 
@@ -411,7 +411,7 @@ def test_a_zero_matrix_stays_where_others_move():
 
 
 @pytest.mark.parametrize('poison', [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize('path', [MATRICES[0], OTHERS[0]], ids=['matrix', 'other'])
+@pytest.mark.parametrize('path', [MATRICES[0], OTHER_KINDS[0]], ids=['matrix', 'other'])
 @both
 def test_one_entry_that_is_not_finite_stops_all(metric, path, poison):
   grads = random_tree(10, np.float32)
@@ -562,8 +562,8 @@ def test_the_other_metric_has_its_leaves_alone_in_all_that_it_gets():
     BOTH_MATRICES,
   )
   there = jax.grad(loss)(moved)
-  norm = np.sqrt(sum(np.sum(at(there, path) ** 2) for path in OTHERS))
-  for path in OTHERS:
+  norm = np.sqrt(sum(np.sum(at(there, path) ** 2) for path in OTHER_KINDS))
+  for path in OTHER_KINDS:
     want = at(there, path) / norm
     np.testing.assert_allclose(at(ascent.direction, path), want, rtol=1e-5)
 

@@ -15,8 +15,8 @@ from tests.contracts.training import SOME_OPTIMIZERS
 from tests.methods import cases
 from tests.methods import DEFAULT
 from tests.methods import is_default
-from tests.methods import METHODS
-from tests.methods import OTHERS
+from tests.methods import KINDS
+from tests.methods import OTHER_KINDS
 from tests.methods import transformation
 
 pytestmark = [
@@ -36,7 +36,7 @@ COMPILE_FAST = {'xla_backend_optimization_level': 0}
 every_pair = pytest.mark.parametrize(
   ('method', 'optimizer'),
   cases(DEFAULT, OPTIMIZERS, plain=lambda _, optimizer: optimizer in SOME_OPTIMIZERS)
-  + cases(OTHERS, SOME_OPTIMIZERS, plain=is_default),
+  + cases(OTHER_KINDS, SOME_OPTIMIZERS, plain=is_default),
 )
 
 
@@ -55,7 +55,7 @@ def make_chain(method, optimizer, target):
 @pytest.mark.parametrize(
   ('method', 'optimizer', 'dtype'),
   cases(
-    METHODS,
+    KINDS,
     OPTIMIZERS,
     ('float32', 'bfloat16'),
     plain=is_default,

@@ -17,7 +17,7 @@ from tests.contracts.training import SOME_OPTIMIZERS
 from tests.methods import cases
 from tests.methods import DEFAULT
 from tests.methods import is_default
-from tests.methods import OTHERS
+from tests.methods import OTHER_KINDS
 from tests.methods import transformation
 
 pytestmark = [
@@ -40,7 +40,7 @@ DEFAULT_TARGETS = ('rosenbrock',)
       target in DEFAULT_TARGETS and optimizer in SOME_OPTIMIZERS
     ),
   )
-  + cases(OTHERS, SOME_OPTIMIZERS, ('mixed',), plain=is_default),
+  + cases(OTHER_KINDS, SOME_OPTIMIZERS, ('mixed',), plain=is_default),
 )
 def test_converges(method, optimizer, target):
   if optimizer == 'galore' and jax.default_backend() != 'cpu':

@@ -13,10 +13,11 @@ from tests import by_hand
 from tests.methods import cases
 from tests.methods import DEFAULT
 from tests.methods import drop_in
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import is_default
+from tests.methods import KINDS
 from tests.methods import METHODS
-from tests.methods import OTHERS
+from tests.methods import OTHER_KINDS
 from tests.methods import transformation
 from tests.problems import batch
 from tests.problems import loss
@@ -79,7 +80,7 @@ FORWARDING = {
 
 
 @pytest.mark.parametrize(
-  ('method', 'wrapper'), cases(METHODS, FORWARDING, plain=is_default)
+  ('method', 'wrapper'), cases(KINDS, FORWARDING, plain=is_default)
 )
 def test_inside_a_wrapper_that_forwards(method, wrapper):
   tx = FORWARDING[wrapper](transformation(method), optax.sgd(0.1))
@@ -88,7 +89,7 @@ def test_inside_a_wrapper_that_forwards(method, wrapper):
   )
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_inside_inject_hyperparams(method):
   """Its radius, given as a number, is an array of the state."""
   row = METHODS[method]
@@ -191,7 +192,7 @@ INNER = {
 # What is behind a method sees a gradient, whatever the method.
 every_method_before_some = pytest.mark.parametrize(
   ('method', 'name'),
-  cases(DEFAULT, INNER) + cases(OTHERS, ('MultiSteps',), plain=is_default),
+  cases(DEFAULT, INNER) + cases(OTHER_KINDS, ('MultiSteps',), plain=is_default),
 )
 
 
@@ -218,7 +219,7 @@ def test_drop_in_works_with_every_wrapper(method, name):
   chex.assert_trees_all_equal(value, loss(PARAMS, DATA))
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_before_lookahead(method):
   """Gradients are taken at the fast parameters of its two sets."""
   params = optax.LookaheadParams.init_synced(PARAMS)
@@ -228,7 +229,7 @@ def test_before_lookahead(method):
   chex.assert_trees_all_close(updates.fast, expected(method), rtol=1e-5, atol=1e-7)
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_drop_in_with_lookahead(method):
   params = optax.LookaheadParams.init_synced(PARAMS)
   tx = optax.lookahead(optax.sgd(0.1), sync_period=5, slow_step_size=0.5)
@@ -257,7 +258,7 @@ def test_clipping_before_the_method_changes_its_radius_and_after_it_does_not():
 
 
 @pytest.mark.parametrize('how', ['flax', 'orbax'])
-@every_method_slowly
+@every_kind_slowly
 def test_training_that_began_without_the_method_goes_on_with_it(method, how, tmp_path):
   """A checkpoint of Adam: its state takes its place in the chain's."""
   adam = optax.adam(0.1)
@@ -290,7 +291,7 @@ def accumulated(method, k=3):
   return jax.tree.map(lambda *us: sum(us) / np.float32(k), *updates)
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_accumulation_after_the_method(method):
   """``chain(msam, MultiSteps(optimizer))``: each micro-batch has its own probe."""
   inner = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
@@ -309,7 +310,7 @@ def test_accumulation_after_the_method(method):
   )
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_accumulation_of_the_drop_in(method):
   tx = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
   take = drop_in(method, loss)
@@ -328,7 +329,7 @@ def test_accumulation_of_the_drop_in(method):
 
 
 @pytest.mark.slow
-@every_method_slowly
+@every_kind_slowly
 def test_accumulation_round_the_method_needs_the_whole_batch_in_grad_fn(method):
   """``MultiSteps(chain(msam, optimizer))`` is right if ``grad_fn`` has all batches."""
   tx = optax.MultiSteps(chain(method), every_k_schedule=3)

@@ -18,9 +18,9 @@ import pytest
 
 from tests.methods import cases
 from tests.methods import drop_in
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import is_default
-from tests.methods import METHODS
+from tests.methods import KINDS
 from tests.methods import transformation
 from tests.problems import batch
 from tests.problems import loss
@@ -35,7 +35,7 @@ DEVICES = 8
 
 each_case = pytest.mark.parametrize(
   ('method', 'interface', 'dtype'),
-  cases(METHODS, INTERFACES, DTYPES, plain=is_default),
+  cases(KINDS, INTERFACES, DTYPES, plain=is_default),
 )
 
 
@@ -112,7 +112,7 @@ def test_lowers_for(platform, method, interface, dtype):
   ('method', 'interface', 'dtype'),
   # Step by step every operation is compiled alone, and that takes seconds.
   cases(
-    METHODS,
+    KINDS,
     INTERFACES,
     ('float32',),
     plain=lambda method, interface, dtype: (
@@ -147,7 +147,7 @@ def sharded_problem(method, interface):
 
 every_interface = pytest.mark.parametrize(
   ('method', 'interface'),
-  cases(METHODS, INTERFACES, plain=is_default),
+  cases(KINDS, INTERFACES, plain=is_default),
 )
 
 
@@ -174,7 +174,7 @@ def test_sharded_exported_step_equals_eager_one_on_one_device(method, interface)
 
 
 @pytest.mark.cpu
-@every_method_slowly
+@every_kind_slowly
 @pytest.mark.parametrize('platform', ACCELERATORS)
 def test_mapped_step_lowers_for(platform, method):
   """With ``axis_name`` the devices' gradients are summed, in the module itself."""

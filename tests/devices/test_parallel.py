@@ -16,7 +16,7 @@ from tests import methods
 from tests.methods import cases
 from tests.methods import DEFAULT
 from tests.methods import is_default
-from tests.methods import OTHERS
+from tests.methods import OTHER_KINDS
 from tests.methods import transformation
 
 PARTS = 4
@@ -94,7 +94,7 @@ every_interface = pytest.mark.parametrize(
 every_method_and_interface = pytest.mark.parametrize(
   ('method', 'interface'),
   cases(DEFAULT, INTERFACES, plain=lambda method, interface: interface != 'drop-in')
-  + cases(OTHERS, ('chain', 'compiled once'), plain=is_default),
+  + cases(OTHER_KINDS, ('chain', 'compiled once'), plain=is_default),
 )
 
 

@@ -23,8 +23,9 @@ from tests.by_hand import train
 from tests.methods import cases
 from tests.methods import DEFAULT
 from tests.methods import drop_in
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import is_default
+from tests.methods import KINDS
 from tests.methods import METHODS
 from tests.methods import transformation
 from tests.problems import init
@@ -120,7 +121,7 @@ MLP_GRAD = eqx.filter_jit(eqx.filter_grad(mlp_loss))
 BATCHES = list(zip(X, Y, strict=True))
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_mlp_chain(method):
   tx = optax.chain(transformation(method), optax.adam(0.01, eps=EPS))
   model, losses = run(chain_step(mlp_loss, tx), tx, MLP, BATCHES)
@@ -129,7 +130,7 @@ def test_mlp_chain(method):
   close(losses[0], MLP_LOSS(MLP, *BATCHES[0]))
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_mlp_drop_in(method):
   tx = optax.adam(0.01, eps=EPS)
   model, losses = run(drop_in_step(method, mlp_loss, tx), tx, MLP, BATCHES)
@@ -218,7 +219,7 @@ BATCH_NORM = {'chain': batch_norm_chain, 'drop-in': batch_norm_drop_in}
 
 @pytest.mark.parametrize(
   ('method', 'interface', 'mode'),
-  cases(METHODS, BATCH_NORM, ['batch'], plain=is_default)
+  cases(KINDS, BATCH_NORM, ['batch'], plain=is_default)
   # Here the statistics are in the output of the layer, so of both passes.
   + cases(['msam'], ['chain'], ['ema']),
 )
@@ -324,7 +325,7 @@ def test_frozen_by_partition_drop_in(method):
   close(filtered(model), frozen_by_hand(method))
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_frozen_by_gradients_of_none(method):
   """The optimizer knows the whole model, and the gradients only the last layer.
 
@@ -351,7 +352,7 @@ def test_frozen_by_gradients_of_none(method):
   close(filtered(model), frozen_by_hand(method, sgd(0.1, 0.9)))
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_frozen_by_masks_that_are_models_chain(method):
   trained = last_layer_of(filtered(MLP), chosen=True)
   frozen = last_layer_of(filtered(MLP), chosen=False)
@@ -365,7 +366,7 @@ def test_frozen_by_masks_that_are_models_chain(method):
   close(filtered(model), masked_by_hand(method))
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_frozen_by_masks_that_are_models_drop_in(method):
   trained = last_layer_of(filtered(MLP), chosen=True)
   frozen = last_layer_of(filtered(MLP), chosen=False)
@@ -403,7 +404,7 @@ def dropout_loss(model, x, y, key):
 DROPOUT_GRAD = eqx.filter_jit(eqx.filter_grad(dropout_loss))
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_dropout_has_one_key_for_both_passes(method):
   net = build(DropoutNet, KEY)
   keys = jax.random.split(jax.random.key(3), STEPS)
@@ -487,7 +488,7 @@ def test_ensemble_says_which_leaves_are_weights():
   close(filtered(trained), expected)
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_members_that_train_on_their_own_have_their_own_norms(method):
   """``filter_vmap`` over the step: nothing is stacked inside, ASAM's default is right.
 

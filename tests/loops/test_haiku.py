@@ -13,7 +13,7 @@ from tests import methods
 from tests.by_hand import adam
 from tests.by_hand import sgd
 from tests.by_hand import train
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import transformation
 from tests.problems import init
 from tests.problems import normal
@@ -64,7 +64,7 @@ def by_hand(method, params):
   )[0]
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_transform_chain(method):
   optimizer = optax.chain(transformation(method), optax.adam(0.01, eps=EPS))
 
@@ -82,7 +82,7 @@ def test_transform_chain(method):
   close(params, by_hand(method, initial))
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_transform_drop_in(method):
   optimizer = optax.adam(0.01, eps=EPS)
 
@@ -154,7 +154,7 @@ def drop_in(method):
 
 
 @pytest.mark.parametrize('interface', [chain, drop_in])
-@every_method_slowly
+@every_kind_slowly
 def test_batch_norm_moves_once_by_the_clean_pass(method, interface):
   params, state = init_batch_norm()
   expected, statistics = train(

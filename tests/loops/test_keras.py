@@ -18,7 +18,7 @@ from tests.by_hand import adam
 from tests.by_hand import sgd
 from tests.by_hand import train
 from tests.methods import drop_in
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import transformation
 from tests.problems import normal
 
@@ -140,7 +140,7 @@ class SharpnessAwareModel(keras.Model):
     return logs, (trainable, non_trainable, optimizer_variables, new_metrics)
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_fit_with_the_drop_in(method):
   model = make_model(SharpnessAwareModel)
   model.method = method
@@ -168,7 +168,7 @@ def test_fit_logs_the_clean_loss():
 
 
 @pytest.mark.parametrize('interface', ['chain', 'drop-in'])
-@every_method_slowly
+@every_kind_slowly
 def test_optax_in_a_plain_loop(method, interface):
   model = make_model()
   head = [transformation(method)] if interface == 'chain' else []

@@ -19,9 +19,9 @@ from tests.by_hand import sgd
 from tests.by_hand import train
 from tests.methods import cases
 from tests.methods import drop_in
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import is_default
-from tests.methods import METHODS
+from tests.methods import KINDS
 from tests.methods import transformation
 from tests.problems import init
 from tests.problems import normal
@@ -149,7 +149,7 @@ FROZEN_BY = {'mask': base_optimizer, 'partition': partition_optimizer}
 
 
 @pytest.mark.parametrize(
-  ('method', 'frozen_by'), cases(METHODS, FROZEN_BY, plain=is_default)
+  ('method', 'frozen_by'), cases(KINDS, FROZEN_BY, plain=is_default)
 )
 def test_mask_chain(method, frozen_by):
   optimizer = FROZEN_BY[frozen_by]
@@ -163,7 +163,7 @@ def test_mask_chain(method, frozen_by):
   check(run(step, PARAMS, tx.init(PARAMS)), method, masked_by_hand)
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_mask_drop_in(method):
   tx = base_optimizer()
 
@@ -176,7 +176,7 @@ def test_mask_drop_in(method):
 
 
 @pytest.mark.parametrize('interface', ['chain', 'drop-in'])
-@every_method_slowly
+@every_kind_slowly
 def test_gradient_of_the_factors_alone(method, interface):
   """The optimizer never sees the base: what most code for adapters does."""
   factors, base = split(PARAMS)
@@ -196,7 +196,7 @@ def test_gradient_of_the_factors_alone(method, interface):
   check(join(run(step, factors, tx.init(factors)), base), method)
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_base_in_another_argument(method):
   """Plain JAX: two dicts, of which the first is trained."""
   factors = {'a': normal(4, 4, RANK), 'b': normal(5, RANK, 3)}

@@ -14,7 +14,7 @@ import pytest
 from msam_optax import msam
 from tests import by_hand
 from tests.methods import drop_in
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import monge_sam
 from tests.methods import transformation
 from tests.problems import loss
@@ -79,7 +79,7 @@ def trajectory_by_hand(method, optimizer):
 
 
 @INTERFACES
-@every_method_slowly
+@every_kind_slowly
 def test_fit_and_average_parameters(method, interface):
   """``fit`` of Optax's first notebook, with a moving average by either function."""
   optimizer = optax.chain(*head(method, interface), optax.adam(0.01, eps=EPS))
@@ -108,7 +108,7 @@ def test_fit_and_average_parameters(method, interface):
   close(debiased, jax.tree.map(lambda x: np.float32(x / (1 - 0.9**STEPS)), total))
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_every_second_step(method):
   """Off its turn the method is no more there than if it had not been chained."""
   optimizer = optax.chain(
@@ -158,7 +158,7 @@ def test_off_its_turn_no_second_gradient_is_taken():
 
 
 @INTERFACES
-@every_method_slowly
+@every_kind_slowly
 def test_steps_that_are_not_finite_are_rejected(method, interface):
   """The second batch has a probe beyond an edge up to which the loss is defined."""
 
@@ -212,7 +212,7 @@ def test_hyperparameters_in_the_state():
   assert step._cache_size() == 1
 
 
-@every_method_slowly
+@every_kind_slowly
 def test_hyperparameters_of_the_optimizer_behind(method):
   """The notebooks' way to log a learning rate, here behind the method."""
   optimizer = optax.chain(

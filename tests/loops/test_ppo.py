@@ -21,7 +21,7 @@ from msam_optax.flax_linen import TrainState
 from tests import methods
 from tests.by_hand import adam
 from tests.by_hand import train
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import transformation
 from tests.problems import init
 from tests.problems import normal
@@ -203,7 +203,7 @@ def by_hand(method, seed):
 
 
 @pytest.mark.parametrize('interface', [linen_state, plain_optax, drop_in])
-@every_method_slowly
+@every_kind_slowly
 def test_is_training_by_hand_of_each_seed(method, interface):
   create, take_step = interface(method)
   run = jax.jit(jax.vmap(lambda *seed: run_seed(*seed, create, take_step)))

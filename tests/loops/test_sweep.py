@@ -11,7 +11,7 @@ import pytest
 from msam_optax import msam
 from tests import by_hand
 from tests import methods
-from tests.methods import every_method_slowly
+from tests.methods import every_kind_slowly
 from tests.methods import monge_sam
 from tests.methods import transformation
 from tests.problems import loss
@@ -84,7 +84,7 @@ INTERFACES = pytest.mark.parametrize('interface', [chain, drop_in])
 
 
 @INTERFACES
-@every_method_slowly
+@every_kind_slowly
 def test_over_rho(method, interface):
   run = jax.jit(jax.vmap(lambda rho: interface(method, init(0), rho)))
   check(run(RHOS), [run_by_hand(method, 0, float(rho)) for rho in RHOS])

@@ -8,7 +8,7 @@ from tests.devices.processes import launch
 from tests.devices.processes import training
 from tests.devices.processes.problem import SHARDS
 from tests.devices.processes.problem import train_by_hand
-from tests.methods import METHODS
+from tests.methods import KINDS
 
 # How each set-up cuts a batch, and whether all go up the same gradient: under `jit`
 # the batch is one, wherever its rows lie.
@@ -53,7 +53,7 @@ def test_processes_equal_one_device(trained):
 @pytest.mark.slow
 def test_the_setups_can_be_told_apart():
   """What the shards do differs by far more than the tolerance of the comparison."""
-  for method in METHODS:
+  for method in KINDS:
     whole, own, synced = (
       train_by_hand(method, **BY_HAND[setup])[0]['out']['kernel']
       for setup in ('data_parallel', 'mapped', 'mapped_synced')

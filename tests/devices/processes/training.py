@@ -34,7 +34,7 @@ from tests.devices.processes.problem import SHARDS
 from tests.devices.processes.problem import STEPS
 from tests.methods import DEFAULT
 from tests.methods import drop_in
-from tests.methods import OTHERS
+from tests.methods import OTHER_KINDS
 from tests.methods import transformation
 
 HALF = STEPS // 2
@@ -55,8 +55,8 @@ COMPILE_FAST = {'xla_backend_optimization_level': 0}
 # norms are those of the whole, and what is averaged.
 RUNS = [
   *itertools.product(DEFAULT, INTERFACES, SETUPS),
-  *itertools.product(OTHERS, ('chain',), ('fully_sharded', 'mapped')),
-  *itertools.product(OTHERS, ('drop_in',), ('mapped_synced',)),
+  *itertools.product(OTHER_KINDS, ('chain',), ('fully_sharded', 'mapped')),
+  *itertools.product(OTHER_KINDS, ('drop_in',), ('mapped_synced',)),
 ]
 
 
