@@ -6,29 +6,39 @@ from msam_optax._masks import by_name
 from msam_optax.combinations import Combination
 from msam_optax.combinations import curvature
 from msam_optax.combinations import probe_gradient
+from msam_optax.combinations import rescaled
 from msam_optax.combinations import surrogate_gap
 from msam_optax.combinations import weighted
 from msam_optax.gradients import value_and_grad
 from msam_optax.methods import asam
-from msam_optax.methods import cr_sam
 from msam_optax.methods import fisher_sam
-from msam_optax.methods import gsam
 from msam_optax.methods import msam
 from msam_optax.methods import sam
-from msam_optax.methods import wsam
+from msam_optax.methods import sparse_sam
 from msam_optax.metrics import adaptive
 from msam_optax.metrics import Ascent
 from msam_optax.metrics import diagonal_fisher
 from msam_optax.metrics import euclidean
 from msam_optax.metrics import Metric
+from msam_optax.mixtures import cr_sam
+from msam_optax.mixtures import decoupled_wsam
+from msam_optax.mixtures import gsam
+from msam_optax.mixtures import look_sam
+from msam_optax.mixtures import stable_sam
+from msam_optax.mixtures import wsam
 from msam_optax.monge import capped
 from msam_optax.monge import monge
 from msam_optax.monge import MongeState
 from msam_optax.norms import max_norm
+from msam_optax.norms import per_leaf
 from msam_optax.norms import spectral
+from msam_optax.occasional import reused
+from msam_optax.occasional import when_steep
 from msam_optax.perturbation import perturb
+from msam_optax.radii import rho_following
 from msam_optax.spaces import LOCAL
 from msam_optax.spaces import Space
+from msam_optax.sparsity import sparse
 from msam_optax.transformation import normalize_by
 from msam_optax.transformation import Options
 from msam_optax.transformation import sharpness_aware
@@ -54,21 +64,31 @@ __all__ = (
   'capped',
   'cr_sam',
   'curvature',
+  'decoupled_wsam',
   'diagonal_fisher',
   'euclidean',
   'fisher_sam',
   'gsam',
+  'look_sam',
   'max_norm',
   'monge',
   'msam',
   'normalize_by',
+  'per_leaf',
   'perturb',
   'probe_gradient',
+  'rescaled',
+  'reused',
+  'rho_following',
   'sam',
   'sharpness_aware',
+  'sparse',
+  'sparse_sam',
   'spectral',
+  'stable_sam',
   'surrogate_gap',
   'value_and_grad',
   'weighted',
+  'when_steep',
   'wsam',
 )

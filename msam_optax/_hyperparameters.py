@@ -9,6 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from msam_optax import _checks
 from msam_optax import _numerics
 
 Hyperparameter = float | jax.Array | np.ndarray | Callable[[Any], Any]
@@ -46,6 +47,33 @@ def check_number(
   check_scalar(name, number)
   if not (np.isfinite(number) and number >= 0):
     raise ValueError(f'`{name}` must be finite and >= 0, got {value!r}.')
+
+
+def check_whole(name: str, value: Any) -> None:
+  """Raises unless ``value`` is a whole number >= 1, as far as that is known."""
+  dtype = _checks.dtype_of(value)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+    raise TypeError(f'`{name}` must be a whole number, got {value!r}.')
+  check_scalar(name, value)
+  if not isinstance(value, jax.core.Tracer) and value < 1:
+    raise ValueError(f'`{name}` must be 1 or more, got {value!r}.')
+
+
+def check_real(name: str, value: Any) -> None:
+  """Raises unless ``value`` is a finite real number, of either sign, or a schedule."""
+  if is_schedule(value):
+    return
+  check_scalar(name, value)
+  if isinstance(value, jax.core.Tracer):
+    return
+  dtype = _checks.dtype_of(value)
+  kinds = (jnp.floating, jnp.integer)
+  if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+    raise TypeError(
+      f'`{name}` must be a real number, an array or an Optax schedule, got {value!r}.'
+    )
+  if not np.isfinite(value):
+    raise ValueError(f'`{name}` must be finite, got {value!r}.')
 
 
 def check_scalar(name: str, value: Any) -> None:

@@ -123,8 +123,75 @@ def weighted(a: float | jax.Array) -> Combination:
     g, *probes = grads
     if not probes:
       return space.mean(g)
-    (a_now,) = _numbers(a=a)
-    return space.mean(_sum((1.0 - a_now, a_now), (g, *probes)))
+    (a_now,) = numbers(a=a)
+    return space.mean(add_up((1.0 - a_now, a_now), (g, *probes)))
+
+  return _stateless(combine)
+
+
+def excess(a: float | jax.Array) -> Combination:
+  """What the probe adds to the plain gradient, ``a (g₁ − g)``.
+
+  Args:
+    a: scalar >= 0.
+
+  Returns:
+    A :class:`Combination` without state.
+
+  Raises:
+    TypeError: if ``a`` is no real number and no array.
+    ValueError: if ``a`` is negative or not finite.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import LOCAL, combinations
+    >>> grads = jnp.array(1.0), jnp.array(3.0)
+    >>> print(combinations.excess(0.5).combine(grads, (), LOCAL)[0])
+    1.0
+  """
+  _hyperparameters.check_number('a', a)
+
+  def combine(grads, space):
+    (a_now,) = numbers(a=a)
+    return space.mean(add_up((-a_now, a_now), grads))
+
+  return _stateless(combine)
+
+
+def rescaled() -> Combination:
+  """Stable SAM's update: the gradient at the probe, as long as the one at the params.
+
+  With ``g`` at the params and ``g₁`` at the probe it is ``(‖g‖/‖g₁‖) g₁``: the probe
+  turns the step, and does not lengthen it, so that a learning rate that is stable
+  without a probe is so with it. With replicas both gradients are means before.
+
+  Returns:
+    A :class:`Combination` without state.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import LOCAL, rescaled
+    >>> grads = jnp.array([0.0, 1.0]), jnp.array([3.0, 4.0])
+    >>> print(rescaled().combine(grads, (), LOCAL)[0])
+    [0.6 0.8]
+
+  References:
+    Tan et al., `Stabilizing Sharpness-aware Minimization Through A Simple
+    Renormalization Strategy <https://arxiv.org/abs/2401.07250>`_, 2024
+  """
+
+  def combine(grads, space):
+    g, *probes = space.mean(grads)
+    if not probes:
+      return g
+    _, length = space.normalize(g)
+    unit, size = space.normalize(probes[0])
+    # What is zero or not finite has no direction, and stays what it is.
+    return jax.tree.map(
+      lambda u, x: jnp.where(size > 0, length * u, x.astype(u.dtype)).astype(x.dtype),
+      unit,
+      probes[0],
+    )
 
   return _stateless(combine)
 
@@ -170,12 +237,12 @@ def surrogate_gap(alpha: float | jax.Array = 0.6) -> Combination:
     g, *probes = grads
     if not probes:
       return g
-    (alpha_now,) = _numbers(alpha=alpha)
+    (alpha_now,) = numbers(alpha=alpha)
     # By way of the unit vector: ⟨g₁, g₁⟩ would underflow where g₁ does not.
     unit, _ = space.normalize(probes[0])
     slope = space.dot(g, unit)
     along = _numerics.widen(alpha_now, like=slope) * slope
-    return _sum((-alpha_now, 1.0, along), (g, *probes, unit), dtypes=g)
+    return add_up((-alpha_now, 1.0, along), (g, *probes, unit), dtypes=g)
 
   return _stateless(combine)
 
@@ -219,9 +286,9 @@ def curvature(
     g, *probes = grads
     if not probes:
       return space.mean(g)
-    second, first = _numbers(gamma=gamma, beta=beta)
+    second, first = numbers(gamma=gamma, beta=beta)
     weights = (-2.0 * second, 1.0 + second + first, second - first)
-    return space.mean(_sum(weights, (g, *probes)))
+    return space.mean(add_up(weights, (g, *probes)))
 
   return _stateless(combine)._replace(scales=(1.0, -1.0))
 
@@ -274,20 +341,13 @@ def check_due(due: Any) -> None:
     )
 
 
-def _stateless(combine: Callable[[Any, spaces.Space], Any]) -> Combination:
-  return Combination(
-    init=lambda params: optax.EmptyState(),
-    combine=lambda grads, state, space: (combine(grads, space), state),
-  )
-
-
-def _numbers(**values: Any) -> list[jax.Array]:
+def numbers(**values: Any) -> list[jax.Array]:
   """The numbers now, in one dtype, float32 or wider: 1 − a would round in bfloat16."""
   now = [_hyperparameters.value_at(name, x) for name, x in values.items()]
   return [_numerics.widen(x, like=now) for x in now]
 
 
-def _sum(weights: Any, trees: Any, dtypes: Any = None) -> Any:
+def add_up(weights: Any, trees: Any, dtypes: Any = None) -> Any:
   """``Σ weight · tree``, in float32 or wider, rounded to the first one's dtypes."""
 
   def of_leaf(like, *xs):
@@ -296,3 +356,10 @@ def _sum(weights: Any, trees: Any, dtypes: Any = None) -> Any:
     return sum(terms[1:], terms[0]).astype(jnp.result_type(like))
 
   return jax.tree.map(of_leaf, trees[0] if dtypes is None else dtypes, *trees)
+
+
+def _stateless(combine: Callable[[Any, spaces.Space], Any]) -> Combination:
+  return Combination(
+    init=lambda params: optax.EmptyState(),
+    combine=lambda grads, state, space: (combine(grads, space), state),
+  )

@@ -1,52 +1,22 @@
-"""The methods, each a metric and a combination in the two-pass transformation."""
+"""Methods whose update is the gradient at the probe: they differ in their metric."""
 
-from collections.abc import Callable
-import functools
-import inspect
 from typing import Any
-from typing import ParamSpec
 from typing import Unpack
 
 import jax
-import jax.core
 import optax
 
 from msam_optax import _hyperparameters
-from msam_optax import _numerics
-from msam_optax import combinations
+from msam_optax import _options
 from msam_optax import metrics
+from msam_optax import sparsity as sparsity_
 from msam_optax import transformation
 from msam_optax.monge import monge
 
-P = ParamSpec('P')
 Transformation = optax.GradientTransformationExtraArgs
 
 
-def _method(make: Callable[P, Transformation]) -> Callable[P, Transformation]:
-  """Shows ``**options`` as the keywords that they are.
-
-  ``optax.inject_hyperparams`` reads signatures and cannot pass on what is not in them;
-  ``help`` and editors show them.
-  """
-  own = inspect.signature(make)
-  shared = inspect.signature(transformation.sharpness_aware).parameters
-  parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-  parameters += [shared[name] for name in transformation.Options.__annotations__]
-  signature = own.replace(parameters=parameters)
-
-  @functools.wraps(make)
-  def method(*args: P.args, **kwargs: P.kwargs) -> Transformation:
-    try:
-      signature.bind(*args, **kwargs)
-    except TypeError as error:
-      raise TypeError(f'{make.__name__}() {error}') from None
-    return make(*args, **kwargs)
-
-  method.__signature__ = signature  # pyright: ignore
-  return method
-
-
-@_method
+@_options.method
 def msam(
   rho: _hyperparameters.Hyperparameter = 0.05,
   alpha: _hyperparameters.Hyperparameter = 1.0,
@@ -98,7 +68,7 @@ def msam(
   return transformation.sharpness_aware(monge(alpha, base), rho, **options)
 
 
-@_method
+@_options.method
 def sam(
   rho: _hyperparameters.Hyperparameter = 0.05,
   **options: Unpack[transformation.Options],
@@ -137,7 +107,7 @@ def sam(
   return transformation.sharpness_aware(metrics.euclidean(), rho, **options)
 
 
-@_method
+@_options.method
 def asam(
   rho: _hyperparameters.Hyperparameter = 0.5,
   eta: float | jax.Array = 0.01,
@@ -185,7 +155,7 @@ def asam(
   )
 
 
-@_method
+@_options.method
 def fisher_sam(
   rho: _hyperparameters.Hyperparameter = 0.1,
   eta: float | jax.Array = 1.0,
@@ -227,27 +197,29 @@ def fisher_sam(
   return transformation.sharpness_aware(metrics.diagonal_fisher(eta), rho, **options)
 
 
-@_method
-def gsam(
+@_options.method
+def sparse_sam(
   rho: _hyperparameters.Hyperparameter = 0.05,
-  alpha: float | jax.Array = 0.6,
+  sparsity: float | jax.Array = 0.5,
+  every: int | jax.Array = 100,
   *,
   metric: metrics.Metric = metrics.euclidean(),
   **options: Unpack[transformation.Options],
 ) -> Transformation:
-  """GSAM: descends the loss at the probe, and closes its gap to the loss at the params.
+  """Sparse SAM: only the coordinates with the largest gradients are perturbed.
 
-  With the gradients ``g`` at the parameters and ``g₁`` at the probe it is
-
-      g₁ − α (g − ⟨g, g₁⟩/⟨g₁, g₁⟩ g₁),
-
-  the part of ``g`` that is perpendicular to ``g₁``, subtracted. The authors let ``ρ``
-  follow the learning rate: give it as a schedule.
+  For the gradient ``g`` at the parameters ``w`` it is the gradient at
+  ``w + m ⊙ ρ g/‖g‖``, where ``m`` is 1 for a share ``1 − sparsity`` of the coordinates,
+  those with the largest empirical Fisher information, and else 0. It is chosen anew in
+  every ``k``-th step, from the gradients of examples that ``update`` is given as
+  ``gradients=``, or from the gradient itself. No step is cheaper than one of SAM.
 
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
-    alpha: ``α``, scalar >= 0: the weight of the gap. 0 is SAM; the authors have 0.6 for
-      ViT-B/32.
+    sparsity: the share of the coordinates that are not perturbed, scalar, 0 <= s < 1.
+      0 is SAM.
+    every: ``k``, the steps between two choices, whole number >= 1. The authors choose
+      every five epochs.
     metric: how the length of a perturbation is measured; Euclidean in the paper.
     **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
       ``perturbation_dtype`` of :func:`sharpness_aware`.
@@ -257,131 +229,23 @@ def gsam(
 
   Raises:
     TypeError: if an argument has the wrong type.
-    ValueError: if a number is negative or not finite, or ``axis_name`` is missing.
+    ValueError: if a number is out of its range, or ``axis_name`` is missing.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
-    >>> from msam_optax import gsam
-    >>> loss = lambda w: jnp.sum(w**2 * jnp.array([1.0, 4.0]))
-    >>> tx = optax.chain(gsam(rho=0.5, alpha=0.6), optax.sgd(0.1))
-    >>> w = jnp.array([0.6, 0.2])
-    >>> updates, state = tx.update(
-    ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
-    >>> print(updates)
-    [-0.1484 -0.4918]
-
-  References:
-    Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
-    <https://arxiv.org/abs/2203.08065>`_, 2022
-  """
-  combination = combinations.surrogate_gap(alpha)
-  return transformation.sharpness_aware(metric, rho, combination, **options)
-
-
-@_method
-def wsam(
-  rho: _hyperparameters.Hyperparameter = 0.05,
-  gamma: float | jax.Array = 0.9,
-  *,
-  metric: metrics.Metric = metrics.euclidean(),
-  **options: Unpack[transformation.Options],
-) -> Transformation:
-  """WSAM in its coupled form: sharpness as a term of the loss, with a weight.
-
-  With the gradients ``g`` at the parameters and ``g₁`` at the probe it is
-
-      (1 − a) g + a g₁ = g + a (g₁ − g),     a = γ/(1 − γ).
-
-  ``γ = 0`` is the plain gradient, ``γ = 1/2`` is SAM, and above that the sharpness
-  ``ℓ(w + δ) − ℓ(w)`` counts more than in SAM: at 0.9 nine times as much. The authors'
-  own default is the decoupled form, in which the optimizer sees ``g`` alone and the
-  rest is added to its step.
-
-  Args:
-    rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
-    gamma: ``γ``, scalar, 0 <= γ < 1.
-    metric: how the length of a perturbation is measured; Euclidean in the paper.
-    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
-      ``perturbation_dtype`` of :func:`sharpness_aware`.
-
-  Returns:
-    An :class:`optax.GradientTransformationExtraArgs`.
-
-  Raises:
-    TypeError: if an argument has the wrong type.
-    ValueError: if a number is negative or not finite, ``gamma`` is 1 or more, or
-      ``axis_name`` is missing.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp, optax
-    >>> from msam_optax import wsam
+    >>> from msam_optax import sparse_sam
     >>> loss = lambda w: jnp.sum(w**2)
-    >>> tx = optax.chain(wsam(rho=0.5, gamma=0.75), optax.sgd(0.1))
+    >>> tx = optax.chain(sparse_sam(rho=0.5, sparsity=0.5), optax.sgd(0.1))
     >>> w = jnp.array([0.3, 0.4])
     >>> updates, state = tx.update(
     ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
-    >>> print(updates)
-    [-0.24 -0.32]
+    >>> print(updates, f"{optax.tree.get(state, 'radius'):.4f}")
+    [-0.06 -0.16] 0.4000
 
   References:
-    Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
-    Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023
+    Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
+    Approach <https://arxiv.org/abs/2210.05177>`_, 2022
   """
-  _hyperparameters.check_number('gamma', gamma)
-  if not isinstance(gamma, jax.core.Tracer) and gamma >= 1:
-    raise ValueError(f'`gamma` must be less than 1, got {gamma!r}: SAM is 0.5.')
-  # In bfloat16 `1 − γ` would round. Out of range at run time, γ gives a weight that is
-  # out of range as well, which becomes NaN.
-  gamma = gamma if isinstance(gamma, (int, float)) else _numerics.widen(gamma)
-  combination = combinations.weighted(gamma / (1.0 - gamma))
-  return transformation.sharpness_aware(metric, rho, combination, **options)
-
-
-@_method
-def cr_sam(
-  rho: _hyperparameters.Hyperparameter = 0.1,
-  gamma: float | jax.Array = 0.1,
-  beta: float | jax.Array = 0.01,
-  *,
-  metric: metrics.Metric = metrics.euclidean(),
-  **options: Unpack[transformation.Options],
-) -> Transformation:
-  """CR-SAM: SAM that also lowers the curvature, as seen from both sides of the params.
-
-  With the gradients ``g`` at the parameters ``w``, ``g₊`` at ``w + δ`` and ``g₋`` at
-  ``w − δ``, three in a step, it is
-
-      g₊ + γ (g₊ + g₋ − 2g) + β (g₊ − g₋).
-
-  Args:
-    rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
-    gamma: ``γ``, scalar >= 0: the weight of the second difference.
-    beta: ``β``, scalar >= 0: the weight of the first difference. With both 0 it is SAM.
-    metric: how the length of a perturbation is measured; Euclidean in the paper.
-    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
-      ``perturbation_dtype`` of :func:`sharpness_aware`.
-
-  Returns:
-    An :class:`optax.GradientTransformationExtraArgs`.
-
-  Raises:
-    TypeError: if an argument has the wrong type.
-    ValueError: if a number is negative or not finite, or ``axis_name`` is missing.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp, optax
-    >>> from msam_optax import cr_sam
-    >>> loss = lambda w: jnp.sum(w**2)
-    >>> tx = optax.chain(cr_sam(rho=0.5, beta=0.1), optax.sgd(0.1))
-    >>> w = jnp.array([0.3, 0.4])
-    >>> updates, state = tx.update(
-    ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
-    >>> print(updates)
-    [-0.132 -0.176]
-
-  References:
-    Wu et al., `CR-SAM: Curvature Regularized Sharpness-Aware Minimization
-    <https://arxiv.org/abs/2312.13555>`_, 2023
-  """
-  combination = combinations.curvature(gamma, beta)
-  return transformation.sharpness_aware(metric, rho, combination, **options)
+  return transformation.sharpness_aware(
+    sparsity_.sparse(metric, sparsity, every), rho, **options
+  )

@@ -1,4 +1,4 @@
-"""Norms as metrics: the maximum, and the largest singular value of each matrix.
+"""Norms as metrics: the maximum, the singular values, and one radius for each leaf.
 
 A metric need not be a matrix ``G``. For any norm the *direction* is the vector of unit
 length along which the loss rises most, and the *slope* that rise, the dual norm of the
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from msam_optax import _devices
+from msam_optax import _hyperparameters
 from msam_optax import _masks
 from msam_optax import _numerics
 from msam_optax import metrics
@@ -136,6 +137,93 @@ def spectral(
     return _only_where(usable, metrics.Ascent(directions, slope)), state
 
   return metrics.Metric(init, ascend)
+
+
+def per_leaf(
+  base: metrics.Metric = metrics.euclidean(), radii: Any = 1.0
+) -> metrics.Metric:
+  """A radius for each leaf: every leaf moves by its own, whatever the others do.
+
+  The norm is the largest of the leaves' own, each under ``base`` and divided by its
+  radius ``r``. So the direction of a leaf is ``r`` times what the base makes of its
+  gradient alone, and the slope is the sum of theirs, each times ``r``. Then ``ρ``
+  multiplies all radii::
+
+    sharpness_aware(per_leaf(euclidean(), {'body': 0.02, 'head': 0.1}), rho=1.0)
+
+  ``per_leaf(monge())`` is Monge's metric of each leaf, which shortens a leaf by its own
+  slope, and ``monge(base=per_leaf())`` shortens all by the slope of the whole.
+
+  Args:
+    base: the metric of each leaf.
+    radii: ``r``, scalars >= 0: a number or an array for all leaves, or a tree of them
+      with the structure of the params or a prefix of it. 0 holds a leaf fixed.
+
+  Returns:
+    A :class:`Metric` whose state is the tuple of the leaves' own.
+
+  Raises:
+    TypeError: if ``base`` is no metric, or a radius no real number.
+    ValueError: if a radius is negative or not finite, or, when called, if ``radii`` is
+      no prefix of the params.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import euclidean, per_leaf
+    >>> metric = per_leaf(euclidean(), {'body': 0.5, 'head': 2.0})
+    >>> g = {'body': jnp.array([3.0, 4.0]), 'head': jnp.array([0.0, 0.1])}
+    >>> ascent, _ = metric.ascend(g, metric.init(g), g)
+    >>> print(ascent.direction['body'], ascent.direction['head'], ascent.slope)
+    [0.3 0.4] [0. 2.] 2.7
+  """
+  metrics.check_metric('base', base)
+  for path, r in jax.tree_util.tree_leaves_with_path(radii):
+    _hyperparameters.check_number(f'radii{jax.tree_util.keystr(path)}', r)
+
+  def init(params):
+    return tuple(base.init(_masks.restrict(params, one)) for one in _one_by_one(params))
+
+  def ascend(grads, state, params, **kwargs):
+    structure = jax.tree.structure(grads)
+    directions, slope, states = [], jnp.zeros([], _numerics.wide_dtype(grads)), []
+    for one, own, r in zip(
+      _one_by_one(grads), state, _broadcast(radii, grads), strict=True
+    ):
+      ascent, own = metrics.ascend_on(one, base, grads, own, params, kwargs)
+      r = _numerics.widen(_hyperparameters.value_at('radii', r), like=slope)
+      (direction,) = jax.tree.leaves(ascent.direction)
+      directions.append((r * _numerics.widen(direction)).astype(direction.dtype))
+      slope += r * ascent.slope
+      states.append(own)
+    # All or nothing, where the gradient of one leaf alone is not finite.
+    _, norm = kwargs.get('space', spaces.LOCAL).normalize(grads)
+    usable = (norm > 0) & ~_numerics.is_infinite(slope)
+    ascent = metrics.Ascent(structure.unflatten(directions), slope)
+    return _only_where(usable, ascent), tuple(states)
+
+  return metrics.Metric(init, ascend)
+
+
+def _one_by_one(tree):
+  """For each leaf, the mask of it alone."""
+  leaves, structure = jax.tree.flatten(tree)
+  for i in range(len(leaves)):
+    yield structure.unflatten([j == i for j in range(len(leaves))])
+
+
+def _broadcast(radii, tree):
+  """The radius of each leaf, in order."""
+  found = []
+  try:
+    jax.tree.map(
+      lambda r, part: found.extend([r] * len(jax.tree.leaves(part))), radii, tree
+    )
+  except ValueError as error:
+    raise ValueError(
+      '`radii` of per_leaf() must have the structure of the parameters, or a prefix of'
+      f' it. It has {jax.tree.structure(radii)}, they have {jax.tree.structure(tree)}.'
+    ) from error
+  return found
 
 
 # Muon's steps, which enlarge what is small the fastest, and leave all between 0.7 and

@@ -74,6 +74,7 @@ def update(
   radii: Sequence[float] | None = None,
   is_weight: Callable[[str, np.ndarray], bool] = is_matrix,
   is_perturbed: Callable[[str, np.ndarray], bool] = every_leaf,
+  memory: dict[Any, Any] | None = None,
 ) -> Any:
   """The sharpness-aware gradient, given the plain one of each part of a batch.
 
@@ -87,6 +88,8 @@ def update(
     is_weight: ``(path, leaf) -> bool``, which leaves ASAM takes for weights, by
       their path as JAX writes it.
     is_perturbed: which leaves are perturbed, likewise. All have a part in the update.
+    memory: what a method that remembers has seen in the steps before, to which this
+      step is added; by default it is the first.
 
   Returns:
     A pytree like the gradients, in their dtypes.
@@ -96,9 +99,14 @@ def update(
   mean = lambda vectors: np.average(vectors, axis=0, weights=weights)
   own = [_vector(g) for g in grads]
   ascents = [mean(own)] * len(own) if synced else own
+  memory = {} if memory is None else memory
   deltas = [
-    _delta(row, params, g, rho, is_weight, is_perturbed)
-    for g, rho in zip(ascents, radii or [row.rho] * len(own), strict=True)
+    _delta(
+      row, params, g, rho, is_weight, is_perturbed, memory.setdefault(('delta', i), {})
+    )
+    for i, (g, rho) in enumerate(
+      zip(ascents, radii or [row.rho] * len(own), strict=True)
+    )
   ]
   at_probes = [
     [
@@ -107,7 +115,9 @@ def update(
     ]
     for scale in row.scales
   ]
-  return _like(grads[0], row.update(mean(own), *map(mean, at_probes)))
+  remembered = _remembered(row, memory.setdefault('update', {}))
+  update = row.update(mean(own), *map(mean, at_probes), **remembered)
+  return _like(grads[0], update)
 
 
 def probe(
@@ -154,6 +164,7 @@ def train(
   Returns:
     The last params and state.
   """
+  memory = {}
   for batch in batches:
     states = []
 
@@ -162,8 +173,8 @@ def train(
       states.append(new_state)
       return grads
 
-    params = optimizer(params, update(method, params, [plain], **options))
-    state = states[0]
+    new = update(method, params, [plain], memory=memory, **options)
+    params, state = optimizer(params, new), states[0]
   return params, state
 
 
@@ -197,12 +208,18 @@ def adam(
   return step
 
 
-def _delta(row, params, g, rho, is_weight, is_perturbed=every_leaf):
+def _delta(row, params, g, rho, is_weight, is_perturbed=every_leaf, memory=None):
   delta, w = np.zeros_like(g), _vector(params)
   on = _entries(params, is_perturbed)
+  remembered = _remembered(row, {} if memory is None else memory)
   if g[on].any():  # Else no direction is the steepest.
-    delta[on] = row.delta(w[on], g[on], rho, _entries(params, is_weight)[on])
+    is_weight = _entries(params, is_weight)[on]
+    delta[on] = row.delta(w[on], g[on], rho, is_weight, **remembered)
   return delta
+
+
+def _remembered(row, memory):
+  return {'memory': memory} if row.remembers else {}
 
 
 def _entries(params, is_chosen):

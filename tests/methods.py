@@ -8,11 +8,12 @@ with those formulas by ``by_hand``, which uses nothing else of a row.
 from collections.abc import Callable
 from collections.abc import Iterable
 import functools
+import inspect
 import itertools
+import typing
 from typing import Any
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import optax
 import pytest
@@ -38,6 +39,9 @@ class Method(NamedTuple):
       probes; each is the mean over the parts of a batch.
     scales: the probes are ``w + scale · δ``.
     combination: that of the drop-in, or None for its default.
+    remembers: whether ``delta`` and ``update`` have a keyword argument ``memory``, a
+      dict of each for what they remember from step to step, empty before the first.
+      Such a method has no drop-in.
   """
 
   make: Callable[..., optax.GradientTransformationExtraArgs]
@@ -47,12 +51,17 @@ class Method(NamedTuple):
   update: Callable[..., np.ndarray] = lambda g, probe_grad: probe_grad
   scales: tuple[float, ...] = (1.0,)
   combination: Any = None
+  remembers: bool = False
 
 
-def steepest(matrix: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+def steepest(
+  matrix: Callable[..., np.ndarray], remembers: bool = False
+) -> Callable[..., np.ndarray]:
   """``δ = ρ G⁻¹g/√(gᵀG⁻¹g)`` by a dense solve, for ``G = matrix(w, g, is_weight)``."""
 
   def delta(w, g, rho, is_weight, **numbers):
+    if remembers:
+      del numbers['memory']
     u = np.linalg.solve(matrix(w, g, is_weight, **numbers), g)
     return rho * u / np.sqrt(g @ u)
 
@@ -76,6 +85,27 @@ def _monge(alpha, base=_identity):
     return base(w, g, is_weight) + alpha**2 * np.outer(g, g)
 
   return matrix
+
+
+def _stable(g, g1):
+  return np.sqrt((g @ g) / (g1 @ g1)) * g1
+
+
+def _look(g, g1, memory, every=3, alpha=0.7):
+  step = memory['step'] = memory.get('step', -1) + 1
+  if step % every == 0:
+    memory['v'] = g1 - (g1 @ g) / (g @ g) * g
+    return g1
+  v = memory['v']
+  return g + alpha * np.sqrt((g @ g) / (v @ v)) * v
+
+
+def _sparse(w, g, rho, is_weight, memory, sparsity=0.5, every=3):
+  step = memory['step'] = memory.get('step', -1) + 1
+  if step % every == 0:
+    count = max(1, int((1 - sparsity) * len(g)))
+    memory['chosen'] = np.abs(g) >= np.sort(np.abs(g))[-count]
+  return memory['chosen'] * rho * g / np.sqrt(g @ g)
 
 
 def monge_sam(alpha: Any) -> Method:
@@ -122,6 +152,28 @@ METHODS: dict[str, Method] = {
     scales=(1.0, -1.0),
     combination=msam_optax.curvature(0.2, 0.1),
   ),
+  'stable_sam': Method(
+    msam_optax.stable_sam,
+    msam_optax.euclidean(),
+    steepest(_identity),
+    update=_stable,
+    combination=msam_optax.rescaled(),
+  ),
+  'look_sam': Method(
+    functools.partial(msam_optax.look_sam, every=3),
+    msam_optax.euclidean(),
+    steepest(_identity, remembers=True),
+    update=_look,
+    combination=msam_optax.reused(3),
+    remembers=True,
+  ),
+  'sparse_sam': Method(
+    functools.partial(msam_optax.sparse_sam, every=3),
+    msam_optax.sparse(every=3),
+    _sparse,
+    update=lambda g, g1, memory: g1,
+    remembers=True,
+  ),
   'sharpness_aware': Method(
     functools.partial(msam_optax.sharpness_aware, _MONGE_OVER_ADAPTIVE),
     _MONGE_OVER_ADAPTIVE,
@@ -130,30 +182,30 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _kind(row: Method) -> tuple[Any, ...]:
-  """What loops, wrappers and devices can tell methods apart by."""
-  params = np.zeros(2, np.float32)
-  remembers = lambda part: bool(part and jax.tree.leaves(part.init(params)))
-  combination = row.combination
-  return (
-    combination is None,
-    len(row.scales),
-    remembers(row.metric),
-    remembers(combination),
-    bool(combination and combination.due),
-  )
-
-
-# The first method of each kind. Formulas are tested on every method, what is the same
-# code for all methods of a kind on one.
-KINDS = tuple(
-  name
-  for i, (name, row) in enumerate(METHODS.items())
-  if _kind(row) not in map(_kind, [*METHODS.values()][:i])
-)
+# What is the same code for all methods of a kind is tested on the first of each: those
+# with a combination and without, and those with several probes. Formulas are tested on
+# every method, and what has a state also where states are saved and restored.
+KINDS = ('msam', 'gsam', 'cr_sam')
+REMEMBERING = tuple(name for name, row in METHODS.items() if row.remembers)
 # What a plain run takes where a test compiles much; all else is slow there.
 DEFAULT = ('msam',)
 OTHER_KINDS = tuple(name for name in KINDS if name not in DEFAULT)
+
+
+def public_methods() -> dict[str, Callable[..., Any]]:
+  """The library's functions that make a method; none that wraps an optimizer."""
+  functions = {
+    name: function
+    for name in msam_optax.__all__
+    if inspect.isfunction(function := getattr(msam_optax, name))
+    and typing.get_type_hints(function).get('return')
+    is optax.GradientTransformationExtraArgs
+  }
+  return {
+    name: function
+    for name, function in functions.items()
+    if 'base_optimizer' not in inspect.signature(function).parameters
+  }
 
 
 def find(method: str | Method) -> Method:
@@ -193,6 +245,8 @@ def drop_in(
     **options: of ``value_and_grad``.
   """
   row = find(method)
+  if row.remembers:
+    pytest.skip('keeps a state, for which a function has no place')
   if row.combination is not None:
     options['combination'] = row.combination
   return value_and_grad(loss_fn, row.metric, row.rho if rho is None else rho, **options)

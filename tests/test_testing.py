@@ -23,6 +23,7 @@ from tests.methods import cases
 from tests.methods import every_method_slowly
 from tests.methods import is_default
 from tests.methods import METHODS as ROWS
+from tests.methods import public_methods
 
 # Leaves of two, one and no dimensions, so that masks and axes have something to do.
 W = {'kernel': np.array([[0.3, -0.4], [1.2, 0.5]]), 'rest': (np.array([-0.2, 0.9]),)}
@@ -77,6 +78,8 @@ METRICS = {
     {'scale_invariant': True, 'sharded': False, 'rtol': 1e-3},
   ),
   'monge': (msam_optax.monge(1.5), of_monge(1.5, identity), {}),
+  'sparse': (msam_optax.sparse(sparsity=0.0), identity, {}),
+  'per_leaf': (msam_optax.per_leaf(ADAPTIVE, {'kernel': 0.5, 'rest': 2.0}), None, {}),
   'capped': (
     msam_optax.capped(sigma=0.3),
     lambda g, w: np.eye(len(g)) * max(1, np.linalg.norm(g) / 0.3) ** 2,
@@ -645,7 +648,7 @@ def test_a_broken_combination_fails(combination, message):
 
 # Methods.
 
-METHODS = sorted(public(optax.GradientTransformationExtraArgs))
+METHODS = sorted(public_methods())
 
 
 def loss_fn(params):

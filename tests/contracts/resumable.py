@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 import msam_optax
 from tests.methods import KINDS
+from tests.methods import REMEMBERING
 from tests.methods import transformation
 
 HALF, STEPS = 5, 10
@@ -27,7 +28,7 @@ _SCHEDULE = optax.cosine_decay_schedule(0.2, STEPS)
 
 # What stands before Adam: each method, and Monge SAM with all that can have a state.
 TRANSFORMATIONS = {
-  **{name: transformation(name) for name in KINDS},
+  **{name: transformation(name) for name in KINDS + REMEMBERING},
   'rho_schedule': msam_optax.msam(_SCHEDULE),
   'alpha_schedule': msam_optax.msam(_SCHEDULE, alpha=_SCHEDULE),
   'inject_hyperparams': optax.inject_hyperparams(msam_optax.msam)(

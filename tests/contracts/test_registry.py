@@ -2,16 +2,15 @@
 
 import importlib.metadata
 import inspect
-import typing
 
 import optax
 import optax.contrib
 import pytest
 
-import msam_optax
 from tests.contracts.optimizers import EXCLUDED
 from tests.contracts.optimizers import OPTIMIZERS
 from tests.methods import METHODS
+from tests.methods import public_methods
 
 # The first parameter of an optimizer, or of what is wrapped around one.
 SIGNATURES = {
@@ -43,14 +42,7 @@ def optax_optimizers():
 
 
 def test_every_method_is_registered():
-  made = {
-    name
-    for name in msam_optax.__all__
-    if inspect.isfunction(function := getattr(msam_optax, name))
-    and typing.get_type_hints(function).get('return')
-    is optax.GradientTransformationExtraArgs
-  }
-  assert made <= set(METHODS)
+  assert set(public_methods()) <= set(METHODS)
 
 
 def test_every_optimizer_is_registered_or_excluded():
