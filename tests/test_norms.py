@@ -20,6 +20,7 @@ from msam_optax import max_norm
 from msam_optax import Metric
 from msam_optax import monge
 from msam_optax import msam
+from msam_optax import per_leaf
 from msam_optax import spectral
 from tests import problems
 
@@ -37,7 +38,7 @@ def random_tree(seed, dtype=np.float64):
 
 
 MATRICES = [('tall', 'kernel'), ('wide', 'kernel')]
-OTHER_KINDS = [('tall', 'bias'), ('wide', 'bias'), ('conv',), ('temperature',)]
+OTHERS = [('tall', 'bias'), ('wide', 'bias'), ('conv',), ('temperature',)]
 
 
 def at(tree, path):
@@ -79,7 +80,7 @@ def largest_entry(tree):
 
 def largest_norm(tree):
   """Of each matrix the largest singular value, and the length of all else."""
-  others = np.concatenate([at(tree, path).ravel() for path in OTHER_KINDS])
+  others = np.concatenate([at(tree, path).ravel() for path in OTHERS])
   largest = [singular_values(at(tree, path))[0] for path in MATRICES]
   return max(np.linalg.norm(others), *largest)
 
@@ -116,8 +117,8 @@ def test_spectral_is_the_polar_factor_and_the_nuclear_norm(x64):
     U, s, Vt = np.linalg.svd(at(grads, path), full_matrices=False)
     np.testing.assert_allclose(at(direction, path), U @ Vt, atol=1e-9)
     total += np.sum(s)
-  norm = np.sqrt(sum(np.sum(at(grads, path) ** 2) for path in OTHER_KINDS))
-  for path in OTHER_KINDS:
+  norm = np.sqrt(sum(np.sum(at(grads, path) ** 2) for path in OTHERS))
+  for path in OTHERS:
     np.testing.assert_allclose(at(direction, path), at(grads, path) / norm, rtol=1e-12)
   np.testing.assert_allclose(slope, total + norm, rtol=1e-9)
 
@@ -411,7 +412,7 @@ def test_a_zero_matrix_stays_where_others_move():
 
 
 @pytest.mark.parametrize('poison', [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize('path', [MATRICES[0], OTHER_KINDS[0]], ids=['matrix', 'other'])
+@pytest.mark.parametrize('path', [MATRICES[0], OTHERS[0]], ids=['matrix', 'other'])
 @both
 def test_one_entry_that_is_not_finite_stops_all(metric, path, poison):
   grads = random_tree(10, np.float32)
@@ -562,8 +563,8 @@ def test_the_other_metric_has_its_leaves_alone_in_all_that_it_gets():
     BOTH_MATRICES,
   )
   there = jax.grad(loss)(moved)
-  norm = np.sqrt(sum(np.sum(at(there, path) ** 2) for path in OTHER_KINDS))
-  for path in OTHER_KINDS:
+  norm = np.sqrt(sum(np.sum(at(there, path) ** 2) for path in OTHERS))
+  for path in OTHERS:
     want = at(there, path) / norm
     np.testing.assert_allclose(at(ascent.direction, path), want, rtol=1e-5)
 
@@ -652,3 +653,42 @@ def test_training_beside_muon(name):
 
   assert problems.loss(trained, data) < 0.1 * problems.loss(params, data)
   assert optax.tree.get(state, 'finite')
+
+
+# One radius for each leaf.
+
+
+def test_each_leaf_moves_by_its_own_radius():
+  """Every leaf is alone in its metric, and the slope is the rise of all together."""
+  grads, params = random_tree(0, np.float32), random_tree(1, np.float32)
+  radii = {'tall': 0.5, 'wide': {'kernel': 2.0, 'bias': 0.0}, 'conv': 1.5} | {
+    'temperature': np.float32(0.1)
+  }
+  alpha = 0.7
+  metric = per_leaf(monge(alpha), radii)
+  ascent = ascend(metric, grads, params)
+  each = {**radii, 'tall': {'kernel': 0.5, 'bias': 0.5}}
+
+  def expected(g, r):
+    n = np.linalg.norm(g.astype(np.float64))
+    return r * g / (n * np.sqrt(1 + alpha**2 * n**2))
+
+  want = jax.tree.map(expected, grads, each)
+  chex.assert_trees_all_close(ascent.direction, want, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(ascent.slope, inner(grads, want), rtol=1e-5)
+
+
+def test_monge_over_leaves_is_shortened_by_the_slope_of_the_whole():
+  grads = random_tree(0, np.float32)
+  base, over = (ascend(m, grads, grads) for m in (per_leaf(), monge(1.0, per_leaf())))
+  s = float(base.slope)
+  want = jax.tree.map(lambda d: d / np.sqrt(1 + s**2), base.direction)
+  chex.assert_trees_all_close(over.direction, want, rtol=1e-5)
+
+
+def test_radii_that_do_not_fit_are_named():
+  with pytest.raises(ValueError, match=r"`radii\['b'\]` must be finite and >= 0"):
+    per_leaf(radii={'a': 1.0, 'b': -1.0})
+  metric, w = per_leaf(radii={'a': 1.0}), {'b': jnp.ones(2)}
+  with pytest.raises(ValueError, match='must have the structure of the parameters'):
+    metric.ascend(w, metric.init(w), w)
