@@ -224,7 +224,9 @@ def _scale(size):
 
 
 def _sum_of_squares(x, scale):
-  return jnp.sum(jnp.square(x * (1.0 / scale)))
+  # The scale is positive always. Without the question XLA makes x² · scale⁻² of a
+  # gradient that is a constant, as in a branch of `cond`, and that overflows.
+  return jnp.sum(jnp.square(jnp.where(scale > 0, x * (1.0 / scale), 0.0)))
 
 
 # Each device has all of every leaf, and there are no replicas.

@@ -143,3 +143,12 @@ def test_a_combination_that_needs_a_probe_says_when_it_had_none():
   with pytest.raises(IndexError) as error:
     tx.update(W, tx.init(W), W, grad_fn=lambda w: w)
   assert 'called with `(g,)` alone' in error.value.__notes__[0]
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1.0, 1e30])
+def test_the_norm_of_a_constant_of_a_program_is_right(scale):
+  """As in a branch of `lax.cond`, whose arrays from outside are constants."""
+  g = np.float32([3.0 * scale, 4.0 * scale])
+  unit, norm = jax.jit(lambda: msam_optax.LOCAL.normalize(g))()
+  np.testing.assert_allclose(norm, 5.0 * scale, rtol=1e-6)
+  np.testing.assert_allclose(unit, [0.6, 0.8], rtol=1e-6)
