@@ -34,6 +34,7 @@ def in_a_row(
   clean: Passes,
   setting: _passes.Setting,
   *,
+  ascent: Passes | None = None,
   space: spaces.Space,
   argnums: Any,
   axis_name: Any,
@@ -43,6 +44,7 @@ def in_a_row(
   Args:
     clean: the pass at the parameters.
     setting: what the method is.
+    ascent: the pass that is made there instead, on a part of the batch; or None.
     space: what the metric gets.
     argnums: the position of the parameters, or positions.
     axis_name: the mapped axis over which the clean gradient is averaged, or None.
@@ -53,12 +55,13 @@ def in_a_row(
   """
 
   def passes(*args, **kwargs):
-    output, (grads,) = clean(*args, **kwargs)
-    average = _mean(axis_name, output.weight)
+    output, (grads,) = (ascent or clean)(*args, **kwargs)
+    average, outputs = _mean(axis_name, output.weight), []
     begin = _passes.start(average(grads), select(args, argnums), setting)
 
     def evaluate(probe):
-      _, (grads,) = clean(*_replace(args, argnums, probe), **kwargs)
+      at_probe, (grads,) = clean(*_replace(args, argnums, probe), **kwargs)
+      outputs.append(at_probe)
       return None, grads
 
     probes = _passes.at_probes(
@@ -69,6 +72,8 @@ def in_a_row(
       space=space,
       average=average,
     )
+    if ascent is not None:
+      output = _of_whole(output, outputs[-1])
     return output, (begin.grads, *probes.grads)
 
   return passes
@@ -152,6 +157,16 @@ def _replace(args, argnums, params):
   for i, p in zip(argnums, params, strict=True):
     new[i] = p
   return new
+
+
+def _of_whole(part, whole):
+  """The output of a part of the batch, with the weight of the whole."""
+  if part.weight is None:
+    return part
+  total = part.value / _numerics.divisor(part.weight) * whole.weight
+  # A part of weight zero has no gradient, and so the probe is where the params are.
+  value = jnp.where(part.weight == 0, whole.value, total)
+  return _losses.Output(value, whole.weight, part.aux)
 
 
 def _clean_among(last, i):

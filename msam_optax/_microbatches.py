@@ -79,6 +79,39 @@ def over_microbatches(
   return averaged
 
 
+def on_part(
+  one_pass: _losses.Pass,
+  *,
+  parts: int,
+  argnums: int | Sequence[int],
+  data_argnums: int | Sequence[int] | None,
+  data_argnames: str | Sequence[str],
+) -> _losses.Pass:
+  """The same pass on a part of the batch: the rows 0, ``parts``, ``2 parts`` ….
+
+  Args:
+    one_pass: ``(*args, **kwargs) -> (Output, grads)``.
+    parts: the part is one of so many equal ones.
+    argnums: see :func:`over_microbatches`, also for the last two.
+    data_argnums: which positional arguments hold the batch.
+    data_argnames: which keyword arguments do.
+
+  Returns:
+    A function with the same arguments.
+  """
+
+  def part(*args, **kwargs):
+    params_at = positions('argnums', argnums, args, kwargs)
+    at, named = _data(args, kwargs, params_at, data_argnums, data_argnames)
+    data = {i: args[i] for i in at}, {name: kwargs[name] for name in named}
+    cut, join = split(data, parts, name='ascent_fraction')
+    data, named = join([x[:, 0] for x in cut])
+    whole = [data.get(i, x) for i, x in enumerate(args)]
+    return one_pass(*whole, **{**kwargs, **named})
+
+  return part
+
+
 def positions(
   name: str, argnums: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[int]:
@@ -125,7 +158,9 @@ def positions(
   return found
 
 
-def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]]:
+def split(
+  tree: Any, shards: int, name: str = 'shards'
+) -> tuple[list[jax.Array], Callable[[Any], Any]]:
   """Cuts the leading axis of every array of a tree into ``shards`` micro-batches.
 
   Scalars (typed random keys among them) and what is no array are left whole.
@@ -133,6 +168,7 @@ def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]
   Args:
     tree: pytree; all its arrays with axes have the same, divisible, first length.
     shards: how many micro-batches, >= 1.
+    name: the argument that says so, for the message.
 
   Returns:
     The arrays as ``[length / shards, shards, ...]``, in which row ``i`` of the batch is
@@ -146,7 +182,7 @@ def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]
   rows = [i for i, (_, x) in enumerate(leaves) if _has_axes(x)]
   if not rows:
     raise ValueError(
-      '`shards` cuts the batch, but no argument that may hold it has an array with'
+      f'`{name}` cuts the batch, but no argument that may hold it has an array with'
       ' axes.'
     )
   length = leaves[rows[0]][1].shape[0]
@@ -155,7 +191,7 @@ def split(tree: Any, shards: int) -> tuple[list[jax.Array], Callable[[Any], Any]
       where = _masks.at_path(path[1:])  # What comes before is positional, or keyword.
       raise ValueError(
         f'The data {where} has shape {x.shape}: its first axis cannot be split with'
-        f' the others, of length {length}, into {shards} equal micro-batches. `shards`'
+        f' the others, of length {length}, into {shards} equal micro-batches. `{name}`'
         ' cuts every array in the arguments that hold the batch. What is no data, as'
         ' class weights, model state or a raw random key (typed ones, `jax.random.key`,'
         ' are scalars), belongs in another argument: name those of the batch in'
@@ -261,7 +297,7 @@ def _only_data(args, kwargs, params_at):
     example += f'data_argnames={tuple(names)}' if names else ''
     raise ValueError(
       f'Several arguments hold arrays with axes: {", ".join(found)}. Name those that'
-      f' hold the batch, which `shards` cuts along its first axis: `{example}` if all'
+      f' hold the batch, which is cut along its first axis: `{example}` if all'
       ' of them do. The others, as class weights, model state or a raw random key, go'
       ' whole to each micro-batch.'
     )

@@ -41,6 +41,7 @@ def value_and_grad(
   data_argnums: int | Sequence[int] | None = None,
   data_argnames: str | Sequence[str] = (),
   vectorize_shards: bool = False,
+  ascent_fraction: float = 1.0,
   sync_ascent: bool = False,
   param_specs: Any = None,
   perturbation_dtype: Any = None,
@@ -105,6 +106,12 @@ def value_and_grad(
     vectorize_shards: whether to compute all micro-batches at once (``vmap``; as fast
       as the whole batch, with a probe and a gradient in memory for each) instead of
       one after the other (``scan``; the memory of one).
+    ascent_fraction: the part of the batch, of each micro-batch if it is divided, whose
+      gradient is the one of the ascent: ``1/k`` for a whole number ``k``. It is the
+      rows 0, ``k``, ``2k`` …, so that each device has its share, and a step costs
+      ``1 + 1/k`` gradients. Value and auxiliary output are those of this part; what
+      holds the batch is found or named as for ``shards``. In the chain, give ``update``
+      the gradient of a part, and the ``grad_fn`` of the whole.
     sync_ascent: whether to average the gradient for the ascent as well.
     param_specs: how the parameters are sharded inside ``shard_map``, see
       :func:`sharpness_aware`.
@@ -130,7 +137,8 @@ def value_and_grad(
       if ``metric`` is no metric, or a parameter not real floating point.
     ValueError: if ``rho`` is a schedule, negative or not finite, if the metric has a
       state, the mask does not fit, ``sync_ascent`` has nothing to average over, the
-      batch cannot be cut into ``shards``, or it is not clear which arguments hold it.
+      batch cannot be cut into ``shards`` or by ``ascent_fraction``, or it is not clear
+      which arguments hold it.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -176,7 +184,8 @@ def value_and_grad(
   _check_loss_fn(loss_fn)
   _devices.check_axis_name(axis_name)
   _check_division(axis_name, shards, sync_ascent, vectorize_shards)
-  _check_data(shards, data_argnums, data_argnames)
+  parts = _parts(ascent_fraction, compile_once)
+  _check_data(shards, parts, data_argnums, data_argnames)
   without_state(
     metric,
     rho,
@@ -187,13 +196,16 @@ def value_and_grad(
   )  # Raises early what it raises.
   _check_scale(loss_scale, perturbation_dtype)
 
+  data = {
+    'argnums': argnums,
+    'data_argnums': data_argnums,
+    'data_argnames': data_argnames,
+  }
   in_microbatches = functools.partial(
     _microbatches.over_microbatches,
     shards=None if shards is None else int(shards),
-    argnums=argnums,
-    data_argnums=data_argnums,
-    data_argnames=data_argnames,
     vectorize=vectorize_shards,
+    **data,
   )
   clean = _loops.clean_pass(
     loss_fn, argnums, has_aux=has_aux, has_weight=has_weight, loss_scale=loss_scale
@@ -203,23 +215,23 @@ def value_and_grad(
   )
   is_mean = sync_ascent or (axis_name, shards) == (None, None)
   metric_space = spaces.over if is_mean else spaces.without_mean
-  all_passes = functools.partial(
-    _loops.in_a_row,
-    setting=setting,
-    space=metric_space(param_specs=param_specs),
-    argnums=argnums,
-  )
+  # Each micro-batch has passes of its own, or all passes are of all micro-batches.
+  inside = in_microbatches if sync_ascent else lambda one_pass: one_pass
+  shared = {
+    'setting': setting,
+    'space': metric_space(param_specs=param_specs),
+    'argnums': argnums,
+    'axis_name': axis_name if sync_ascent else None,
+  }
   if compile_once:
     wide = has_weight or loss_scale is not None
-    all_passes = functools.partial(
-      _loops.in_one_loop, *all_passes.args, **all_passes.keywords, wide=wide
-    )
-  if sync_ascent:
-    gradients_of = all_passes(in_microbatches(clean), axis_name=axis_name)
+    gradients_of = _loops.in_one_loop(inside(clean), wide=wide, **shared)
   else:
-    gradients_of = in_microbatches(
-      all_passes(clean, axis_name=None), gradients=1 + len(combination.scales)
-    )
+    part = None if parts == 1 else _microbatches.on_part(clean, parts=parts, **data)
+    ascent = None if part is None else inside(part)
+    gradients_of = _loops.in_a_row(inside(clean), ascent=ascent, **shared)
+  if not sync_ascent:
+    gradients_of = in_microbatches(gradients_of, gradients=1 + len(combination.scales))
 
   @functools.wraps(loss_fn)
   def value_and_grad_fn(*args, **kwargs):
@@ -359,12 +371,31 @@ def _check_division(axis_name, shards, sync_ascent, vectorize):
     )
 
 
-def _check_data(shards, argnums, names):
-  if shards is None and (argnums is not None or names):
+def _check_data(shards, parts, argnums, names):
+  if (shards, parts) == (None, 1) and (argnums is not None or names):
     raise ValueError(
       '`data_argnums` and `data_argnames` name the arguments that `shards` cuts: give'
       ' `shards`, the number of micro-batches; with `shards=1` the batch stays whole.'
     )
+
+
+def _parts(ascent_fraction, compile_once):
+  """How many parts the batch has of which one is that of the ascent."""
+  is_number = isinstance(ascent_fraction, (int, float, np.floating))
+  if not is_number or not 0 < ascent_fraction <= 1:
+    raise ValueError(f'`ascent_fraction` must be in (0, 1], got {ascent_fraction!r}.')
+  parts = round(1 / ascent_fraction)
+  if abs(parts * ascent_fraction - 1) > 1e-6:
+    raise ValueError(
+      '`ascent_fraction` must be one over a whole number, as 1/4, got'
+      f' {ascent_fraction!r}.'
+    )
+  if parts > 1 and compile_once:
+    raise ValueError(
+      '`compile_once` runs the same pass twice, and `ascent_fraction` makes the first'
+      ' one smaller: give one of them.'
+    )
+  return parts
 
 
 def _check_scale(loss_scale, perturbation_dtype):

@@ -45,8 +45,6 @@ def test_decoupled_wsam_is_the_rule_of_its_authors(metric):
     w = w - float(lr(i)) * (velocity + sharpness)
     # The schedule is in float32.
     np.testing.assert_allclose(got, w, rtol=1e-6, atol=1e-7)
-      got, w, rtol=1e-6, atol=1e-7
-    )  # The schedule is in float32.
   assert optax.tree.get(state, 'radius') > 0
 
 
