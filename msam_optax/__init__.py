@@ -24,6 +24,7 @@ from msam_optax.metrics import Metric
 from msam_optax.monge import capped
 from msam_optax.monge import monge
 from msam_optax.monge import MongeState
+from msam_optax.monge import unit_rise
 from msam_optax.norms import max_norm
 from msam_optax.norms import spectral
 from msam_optax.perturbation import perturb
@@ -68,6 +69,7 @@ __all__ = (
   'sharpness_aware',
   'spectral',
   'surrogate_gap',
+  'unit_rise',
   'value_and_grad',
   'weighted',
   'wsam',

@@ -82,6 +82,19 @@ METRICS = {
     lambda g, w: np.eye(len(g)) * max(1, np.linalg.norm(g) / 0.3) ** 2,
     {},
   ),
+  'unit_rise': (
+    msam_optax.unit_rise(),
+    lambda g, w: np.eye(len(g)) * (g @ g),
+    {},
+  ),
+  'unit_rise over adaptive': (
+    msam_optax.unit_rise(ADAPTIVE, max_radius=0.2),
+    lambda g, w: (
+      of_adaptive(g, w)
+      * (g @ np.linalg.solve(of_adaptive(g, w), g) + (0.1 / 0.2) ** 2)
+    ),
+    {},
+  ),
   'monge over adaptive': (
     msam_optax.monge(1.5, ADAPTIVE),
     of_monge(1.5, of_adaptive),
