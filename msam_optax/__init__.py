@@ -3,12 +3,21 @@
 from importlib import metadata
 
 from msam_optax._masks import by_name
+from msam_optax.averages import AverageState
+from msam_optax.averages import monge_average
+from msam_optax.averages import residual
+from msam_optax.averages import smoothed
 from msam_optax.combinations import Combination
 from msam_optax.combinations import curvature
 from msam_optax.combinations import probe_gradient
 from msam_optax.combinations import surrogate_gap
 from msam_optax.combinations import weighted
 from msam_optax.gradients import value_and_grad
+from msam_optax.low_rank import fisher_alpha
+from msam_optax.low_rank import low_rank_monge
+from msam_optax.low_rank import LowRankState
+from msam_optax.low_rank import neighborhood_monge
+from msam_optax.low_rank import NeighborhoodState
 from msam_optax.methods import asam
 from msam_optax.methods import cr_sam
 from msam_optax.methods import fisher_sam
@@ -43,9 +52,12 @@ except metadata.PackageNotFoundError:  # Not installed: run from a clone.
 __all__ = (
   'LOCAL',
   'Ascent',
+  'AverageState',
   'Combination',
+  'LowRankState',
   'Metric',
   'MongeState',
+  'NeighborhoodState',
   'Options',
   'SharpnessAwareState',
   'Space',
@@ -57,16 +69,22 @@ __all__ = (
   'curvature',
   'diagonal_fisher',
   'euclidean',
+  'fisher_alpha',
   'fisher_sam',
   'gsam',
+  'low_rank_monge',
   'max_norm',
   'monge',
+  'monge_average',
   'msam',
+  'neighborhood_monge',
   'normalize_by',
   'perturb',
   'probe_gradient',
+  'residual',
   'sam',
   'sharpness_aware',
+  'smoothed',
   'spectral',
   'surrogate_gap',
   'unit_rise',
