@@ -37,6 +37,7 @@ from msam_optax.monge import unit_rise
 from msam_optax.norms import max_norm
 from msam_optax.norms import spectral
 from msam_optax.perturbation import perturb
+from msam_optax.preconditioning import preconditioned
 from msam_optax.spaces import LOCAL
 from msam_optax.spaces import Space
 from msam_optax.transformation import normalize_by
@@ -80,6 +81,7 @@ __all__ = (
   'neighborhood_monge',
   'normalize_by',
   'perturb',
+  'preconditioned',
   'probe_gradient',
   'residual',
   'sam',
