@@ -153,7 +153,17 @@ def test_the_metric_of_every_method_keeps_the_contract(method):
   testing.assert_metric(ROWS[method].metric, arrays(G), arrays(W))
 
 
-@pytest.mark.parametrize(('metric', 'matrix', 'options'), METRICS.values(), ids=METRICS)
+COMPILES_MUCH = ('low_rank_monge', 'neighborhood_monge')
+
+
+@pytest.mark.parametrize(
+  ('metric', 'matrix', 'options'),
+  [
+    pytest.param(*row, marks=[pytest.mark.slow] if name in COMPILES_MUCH else [])
+    for name, row in METRICS.items()
+  ],
+  ids=METRICS,
+)
 def test_every_metric_keeps_the_contract(metric, matrix, options):
   testing.assert_metric(metric, arrays(G), arrays(W), matrix=matrix, **options)
 
