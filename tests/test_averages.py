@@ -238,7 +238,7 @@ def test_the_memory_is_of_the_mean_over_replicas(name):
       probes, state = tx.update(g, state, w, grad_fn=lambda probe: probe)
     return probes, state
 
-  probes, state = jax.vmap(both_steps, in_axes=1, axis_name='i')(gradients)
+  probes, state = jax.jit(jax.vmap(both_steps, in_axes=1, axis_name='i'))(gradients)
 
   means = gradients.mean(axis=1, dtype=np.float64)
   if name == 'smoothed':  # All go the same way.
