@@ -1,6 +1,7 @@
 """Hyperparameters: a number, an array, or a schedule of the step count."""
 
 from collections.abc import Callable
+import math
 from typing import Any
 from typing import TypeGuard
 
@@ -15,7 +16,9 @@ from msam_optax import _numerics
 Hyperparameter = float | jax.Array | np.ndarray | Callable[[Any], Any]
 
 
-def check_hyperparameter(name: str, value: Hyperparameter) -> None:
+def check_hyperparameter(
+  name: str, value: Hyperparameter, *, largest: float = math.inf, finite: bool = True
+) -> None:
   """Raises unless ``value`` is a finite scalar >= 0 or a schedule.
 
   What a schedule returns is not known when a method is built: see :func:`value_at`.
@@ -23,17 +26,25 @@ def check_hyperparameter(name: str, value: Hyperparameter) -> None:
   Args:
     name: the argument's name, for the message.
     value: what the user passed.
+    largest: the largest number that is allowed.
+    finite: whether infinity is not allowed.
 
   Raises:
     TypeError: if it is no real number, array or callable.
-    ValueError: if it is negative, infinite, NaN, or not a scalar.
+    ValueError: if it is negative, too large, infinite, NaN, or not a scalar.
   """
   if not is_schedule(value):
-    check_number(name, value, expected='a real number, an array or an Optax schedule')
+    expected = 'a real number, an array or an Optax schedule'
+    check_number(name, value, expected=expected, largest=largest, finite=finite)
 
 
 def check_number(
-  name: str, value: Any, *, expected: str = 'a real number or an array'
+  name: str,
+  value: Any,
+  *,
+  expected: str = 'a real number or an array',
+  largest: float = math.inf,
+  finite: bool = True,
 ) -> None:
   """Raises unless ``value`` is a finite scalar >= 0, as far as that is known."""
   value = _unwrapped(value)
@@ -45,8 +56,11 @@ def check_number(
   if not (is_real or jnp.issubdtype(number.dtype, jnp.integer)):
     raise TypeError(f'`{name}` must be {expected}, got {value!r}.')
   check_scalar(name, number)
-  if not (np.isfinite(number) and number >= 0):
-    raise ValueError(f'`{name}` must be finite and >= 0, got {value!r}.')
+  if not 0 <= number <= largest or (finite and np.isinf(number)):
+    bounds = f'between 0 and {largest:g}' if math.isfinite(largest) else '>= 0'
+    if finite and math.isinf(largest):
+      bounds = f'finite and {bounds}'
+    raise ValueError(f'`{name}` must be {bounds}, got {value!r}.')
 
 
 def check_whole(name: str, value: Any) -> None:
@@ -90,8 +104,15 @@ def is_schedule(value: Any) -> TypeGuard[Callable[[Any], Any]]:
   return callable(value) and not hasattr(value, 'dtype')
 
 
-def value_at(name: str, value: Hyperparameter, count: Any = None) -> Any:
-  """The hyperparameter at step ``count``; NaN where it is negative or not finite.
+def value_at(
+  name: str,
+  value: Hyperparameter,
+  count: Any = None,
+  *,
+  largest: float = math.inf,
+  finite: bool = True,
+) -> Any:
+  """The hyperparameter at step ``count``; NaN where it is not what it may be.
 
   What is known when a method is built was checked there. What is not, the value of a
   schedule or of a traced array, becomes NaN, so that the result shows it.
@@ -106,7 +127,10 @@ def value_at(name: str, value: Hyperparameter, count: Any = None) -> Any:
     return value
   if not jnp.issubdtype(value.dtype, jnp.floating):
     value = value.astype(float)
-  return value + _numerics.zero_if((value >= 0) & jnp.isfinite(value), value.dtype)
+  allowed = (value >= 0) & (value <= largest)
+  if finite:
+    allowed &= jnp.isfinite(value)
+  return value + _numerics.zero_if(allowed, value.dtype)
 
 
 def _unwrapped(value: Any) -> Any:

@@ -12,6 +12,7 @@ from msam_optax import metrics
 from msam_optax import sparsity as sparsity_
 from msam_optax import transformation
 from msam_optax.monge import monge
+from msam_optax.monge import unit_rise
 
 Transformation = optax.GradientTransformationExtraArgs
 
@@ -21,6 +22,7 @@ def msam(
   rho: _hyperparameters.Hyperparameter = 0.05,
   alpha: _hyperparameters.Hyperparameter = 1.0,
   *,
+  max_rise: _hyperparameters.Hyperparameter | None = None,
   base: metrics.Metric = metrics.euclidean(),
   **options: Unpack[transformation.Options],
 ) -> Transformation:
@@ -35,9 +37,26 @@ def msam(
   the loss that it allows. The ``δ`` depends on the scale of the loss: take the
   mean over the batch, unscale and reduce gradients before, and clip them after.
 
+  With ``max_rise=τ`` the allowed rise is the knob instead of ``α``: it is ``ρ/τ``, and
+  ``ρ`` may be infinite, where ``δ = τ g/‖g‖²`` raises the loss by ``τ``, to first
+  order, wherever it is::
+
+      msam(rho=0.05, alpha=2.0)               # at most 0.025 higher
+      msam(rho=0.05, max_rise=0.025)          # the same
+      msam(rho=math.inf, max_rise=0.025)      # always 0.025 higher
+
+  Choose ``τ`` first, in units of the loss, with a large ``ρ``, which only holds back
+  steps where the gradient is small; without it they grow without bound there. Choose
+  ``ρ`` and ``α`` if you know a radius that is right for SAM. With ``max_rise`` the
+  metric is :func:`unit_rise`: the slope in the state is between 0 and 1, the part of
+  the allowed rise that is predicted, ``τ · slope``.
+
   Args:
-    rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
-    alpha: ``α``, likewise. 0 is SAM; the paper has 1.
+    rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step. With
+      ``max_rise`` it is the largest radius, and may be infinite.
+    alpha: ``α``, likewise. 0 is SAM; the paper has 1. Not used with ``max_rise``.
+    max_rise: ``τ``, likewise: the rise of the loss that is allowed, to first order;
+      by default ``ρ/α``.
     base: the metric that Monge extends; Euclidean in the paper.
     **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
       ``perturbation_dtype`` of :func:`sharpness_aware`.
@@ -47,7 +66,8 @@ def msam(
 
   Raises:
     TypeError: if an argument has the wrong type.
-    ValueError: if a number is negative or not finite, or ``axis_name`` is missing.
+    ValueError: if a number is negative or not finite, ``axis_name`` is missing, or
+      both ``alpha`` and ``max_rise`` are given.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -60,12 +80,31 @@ def msam(
     >>> print(updates, f"{optax.tree.get(state, 'radius'):.4f}")
     [-0.1024 -0.1366] 0.3536
 
+    A rise of 0.1, whatever the gradient:
+
+    >>> tx = msam(rho=jnp.inf, max_rise=0.1)
+    >>> _, state = tx.update(jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+    >>> print(f"{state.radius:.4f} {0.1 * state.slope:.4f}")
+    0.1000 0.1000
+
   References:
     Jacobsen & Arvanitidis, `Monge SAM: Robust Reparameterization-Invariant
     Sharpness-Aware Minimization Based on Loss Geometry
     <https://arxiv.org/abs/2502.08448>`_, 2025
   """
-  return transformation.sharpness_aware(monge(alpha, base), rho, **options)
+  if max_rise is None:
+    return transformation.sharpness_aware(monge(alpha, base), rho, **options)
+  # Under optax.inject_hyperparams the default is an array, in jit without a value.
+  if not isinstance(alpha, jax.core.Tracer) and (
+    _hyperparameters.is_schedule(alpha) or alpha != 1.0
+  ):
+    raise ValueError(
+      '`msam` was given both `alpha` and `max_rise`, the allowed rise ρ/α: give'
+      ' `msam(rho, alpha)` or `msam(rho, max_rise=rise)`.'
+    )
+  _hyperparameters.check_hyperparameter('rho', rho, finite=False)
+  _hyperparameters.check_hyperparameter('max_rise', max_rise)
+  return transformation.sharpness_aware(unit_rise(base, rho), max_rise, **options)
 
 
 @_options.method

@@ -22,6 +22,7 @@ which is all that this file computes.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from msam_optax import metrics
 
 
 class MongeState(NamedTuple):
-  """State of :func:`monge` or :func:`capped` where their number is a schedule.
+  """State of the metrics in this file where their number is a schedule.
 
   Attributes:
     count: int32 scalar, the steps so far.
@@ -97,11 +98,12 @@ def monge(
     <https://arxiv.org/abs/2202.00755>`_, 2022
   """
 
-  def shorten(alpha, slope):
+  def shorten(alpha, slope, rho):
+    del rho
     factor = _numerics.inverse_hypot(alpha * slope)
     # Where the product is too large for a number, the slope has its limit, 1/α.
     beyond = _numerics.is_infinite(alpha * slope)
-    limit = 1.0 / jnp.where(beyond, alpha, 1.0)
+    limit = jnp.sign(slope) / jnp.where(beyond, alpha, 1.0)
     return factor, jnp.where(beyond, limit, slope * factor)
 
   return _shortened(base, 'alpha', alpha, shorten)
@@ -139,19 +141,95 @@ def capped(
     [0.   0.25] 2
   """
 
-  def shorten(sigma, slope):
-    reduced = jnp.minimum(slope, sigma)  # NaN if σ is, and so is the factor.
-    ratio = reduced / jnp.where(slope > 0, slope, 1.0)
-    return jnp.where(slope > 0, ratio, 1.0 + reduced), reduced
+  def shorten(sigma, slope, rho):
+    del rho
+    size = jnp.abs(slope)  # Along a mean of gradients the loss may fall.
+    reduced = jnp.minimum(size, sigma)  # NaN if σ is, and so is the factor.
+    ratio = reduced / jnp.where(size > 0, size, 1.0)
+    return jnp.where(size > 0, ratio, 1.0 + reduced), jnp.sign(slope) * reduced
 
   return _shortened(base, 'sigma', sigma, shorten)
+
+
+def unit_rise(
+  base: metrics.Metric = metrics.euclidean(),
+  max_radius: _hyperparameters.Hyperparameter = math.inf,
+) -> metrics.Metric:
+  """A metric in which the radius *is* the rise of the loss, to first order.
+
+  Call the radius ``τ``. For the base's direction ``u`` and slope ``s`` the step is as
+  long as it takes to raise the loss by ``τ``, if that is less than ``ρ``, the
+  ``max_radius``; the transition is smooth, and it is Monge SAM's with ``α = ρ/τ``::
+
+      δ = τ u/√(s² + (τ/ρ)²) = ρ u/√(1 + (ρ/τ)² s²).
+
+  With no largest radius the direction is ``u/s`` and the slope 1: over the Euclidean
+  metric ``δ = τ g/‖g‖²``, the step to where the tangent plane of the loss is ``τ``
+  higher. There is then no other number to tune than an allowed rise, in units of the
+  loss, but the step grows without bound where the gradient vanishes: give a largest
+  radius, which only matters there. Slopes smaller than the smallest normal number
+  (1e-38) count as that; where the gradient is zero there is no step.
+
+  Args:
+    base: the metric that measures the step, or a norm.
+    max_radius: ``ρ``, scalar >= 0: a number, an array or an Optax schedule; infinity
+      is allowed. A schedule is counted in calls and makes the metric one with state.
+
+  Returns:
+    A :class:`Metric` with the base's state; in a :class:`MongeState` if ``max_radius``
+    is a schedule. Its direction is float32 or wider. A largest radius that is finite
+    needs ``rho``, which every method passes.
+
+  Raises:
+    TypeError: if ``base`` is no metric.
+    ValueError: if ``max_radius`` is negative or NaN; when called, if it is finite and
+      there is no ``rho``.
+
+  Examples:
+    A rise of 0.1, of a loss whose gradient has the norm 5:
+
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import unit_rise
+    >>> metric, g = unit_rise(), jnp.array([3.0, 4.0])
+    >>> ascent, _ = metric.ascend(g, metric.init(g), g)
+    >>> delta = 0.1 * ascent.direction
+    >>> print(delta, f'{g @ delta:.4g}')
+    [0.012 0.016] 0.1
+  """
+
+  # What an array in a compiled function is, cannot be known.
+  unbounded = isinstance(max_radius, (int, float)) and math.isinf(max_radius)
+
+  def shorten(max_radius, slope, rho):
+    if rho is None:
+      if not unbounded:
+        raise ValueError(
+          'unit_rise() with a largest radius needs the radius of the step, `rho`, which'
+          ' methods such as `sharpness_aware` pass to the metric. Called by itself:'
+          ' `metric.ascend(grads, state, params, rho=rho)`.'
+        )
+      rho = 0.0
+    rise = _numerics.widen(rho, like=slope)
+    # As a quotient, which an infinite radius makes zero and a radius of zero infinite.
+    reach = rise / jnp.where(max_radius == 0, 1.0, max_radius)
+    size = jnp.abs(slope)
+    larger = jnp.maximum(jnp.maximum(size, reach), jnp.finfo(slope.dtype).tiny)
+    root = _numerics.inverse_hypot(jnp.minimum(size, reach) / larger)
+    stays = (max_radius == 0) | _numerics.is_infinite(reach)
+    factor = jnp.where(stays, 0.0, root / larger)
+    return factor, slope * (1.0 / larger) * jnp.where(stays, 0.0, root)
+
+  return _shortened(base, 'max_radius', max_radius, shorten, finite=False, widen=True)
 
 
 def _shortened(
   base: metrics.Metric,
   name: str,
   number: _hyperparameters.Hyperparameter,
-  shorten: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+  shorten: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]],
+  *,
+  finite: bool = True,
+  widen: bool = False,
 ) -> metrics.Metric:
   """The base's ascent, shortened by a function of its slope.
 
@@ -159,22 +237,26 @@ def _shortened(
     base: the metric.
     name: the name of the number, for messages.
     number: scalar >= 0 that the function needs, or a schedule.
-    shorten: ``(number, slope) -> (factor of the direction, new slope)``.
+    shorten: ``(number, slope, rho) -> (factor of the direction, new slope)``; ``rho``
+      is None where the caller has none.
+    finite: whether the number must be finite.
+    widen: whether the direction is in float32 or wider, and not in that of the base.
 
   Returns:
     A :class:`Metric`.
   """
-  _hyperparameters.check_hyperparameter(name, number)
+  _hyperparameters.check_hyperparameter(name, number, finite=finite)
   metrics.check_metric('base', base)
 
-  def shortened(ascent, count=None):
-    now = _hyperparameters.value_at(name, number, count)
-    factor, slope = shorten(_numerics.widen(now, like=ascent.slope), ascent.slope)
-    return metrics.Ascent(_multiply(factor, ascent.direction), slope)
+  def shortened(ascent, count=None, rho=None):
+    now = _hyperparameters.value_at(name, number, count, finite=finite)
+    now = _numerics.widen(now, like=ascent.slope)
+    factor, slope = shorten(now, ascent.slope, rho)
+    return metrics.Ascent(_multiply(factor, ascent.direction, widen), slope)
 
   def ascend(grads, state, params, **kwargs):
     ascent, state = base.ascend(grads, state, params, **kwargs)
-    return shortened(ascent), state
+    return shortened(ascent, rho=kwargs.get('rho')), state
 
   if not _hyperparameters.is_schedule(number):
     return metrics.Metric(base.init, ascend)
@@ -184,15 +266,17 @@ def _shortened(
 
   def ascend_and_count(grads, state, params, **kwargs):
     ascent, base_state = base.ascend(grads, state.base, params, **kwargs)
-    ascent = shortened(ascent, state.count)
+    ascent = shortened(ascent, state.count, kwargs.get('rho'))
     return ascent, MongeState(optax.safe_increment(state.count), base_state)
 
   return metrics.Metric(init_count, ascend_and_count)
 
 
-def _multiply(factor, direction):
-  """The product in float32 or wider, rounded to the direction's dtypes."""
-  return jax.tree.map(
-    lambda d: (_numerics.widen(d) * _numerics.widen(factor, like=d)).astype(d.dtype),
-    direction,
-  )
+def _multiply(factor, direction, widen):
+  """The product in float32 or wider, rounded to the direction's dtypes unless wide."""
+
+  def of_leaf(d):
+    product = _numerics.widen(d) * _numerics.widen(factor, like=d)
+    return product if widen else product.astype(d.dtype)
+
+  return jax.tree.map(of_leaf, direction)

@@ -21,6 +21,7 @@ from msam_optax import monge
 from msam_optax import msam
 from msam_optax import sharpness_aware
 from msam_optax import spectral
+from msam_optax import unit_rise
 from tests.devices.test_parallel import has_explicit_sharding
 from tests.devices.test_parallel import mesh
 from tests.devices.test_parallel import NamedSharding
@@ -412,6 +413,167 @@ def test_a_number_that_is_nan_is_seen(make, n):
 def test_capped_refuses(make, error, message):
   with pytest.raises(error, match=message):
     make()
+
+
+# A unit rise.
+
+
+def dense_ascent(matrix, grads, params):
+  """``B⁻¹g/s`` and ``s`` by a dense solve."""
+  g = flat(grads)
+  u = np.linalg.solve(matrix(g, flat(params)), g)
+  return u / np.sqrt(g @ u), np.sqrt(g @ u)
+
+
+@precise
+@pytest.mark.parametrize('radius', [0.0, 0.02, 3.0, 1e6, np.inf])
+@pytest.mark.parametrize(('base', 'matrix'), DENSE.values(), ids=DENSE)
+def test_unit_rise_is_monge_with_the_rise_that_is_allowed(base, matrix, radius):
+  grads, params, rise = random_tree(31), random_tree(32), 0.3
+  u, s = dense_ascent(matrix, grads, params)
+
+  ascent, _ = unit_rise(base, radius).ascend(grads, (), params, rho=rise)
+
+  delta = rise * u / s if radius == np.inf else radius * u
+  if 0 < radius < np.inf:
+    delta /= np.sqrt(1 + (radius * s / rise) ** 2)
+  np.testing.assert_allclose(rise * flat(ascent.direction), delta, rtol=1e-12)
+  np.testing.assert_allclose(ascent.slope, flat(grads) @ delta / rise, rtol=1e-12)
+
+
+@pytest.mark.parametrize('n', [1e-37, 1e-30, 1e-5, 1e5, 1e30])
+def test_unit_rise_at_any_magnitude(n):
+  g, w = n * jnp.array([0.6, 0.8]), jnp.zeros(2)
+  step = lambda radius, rise: unit_rise(max_radius=radius).ascend(g, (), w, rho=rise)
+
+  (free, slope), _ = step(np.inf, 0.1)
+  (bounded, _), _ = step(0.5, 0.1)
+
+  np.testing.assert_allclose(free, np.array([0.6, 0.8]) / n, rtol=1e-6)
+  np.testing.assert_allclose(slope, 1.0, rtol=1e-6)
+  length = 0.5 / np.sqrt(1 + (5 * n) ** 2)
+  np.testing.assert_allclose(0.1 * bounded, length * np.array([0.6, 0.8]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(('radius', 'rise'), [(np.inf, 0.1), (0.5, 0.1), (0.0, 0.0)])
+def test_unit_rise_has_no_direction_without_a_gradient(radius, rise):
+  zeros = jnp.zeros(2)
+  ascent, _ = unit_rise(max_radius=radius).ascend(zeros, (), zeros, rho=rise)
+  chex.assert_trees_all_equal(ascent, Ascent(zeros, jnp.float32(0.0)))
+
+
+def test_half_precision_does_not_overflow_where_the_gradient_is_small():
+  """``u/s`` is larger than float16 has numbers for, and the step is not."""
+  w, g = jnp.zeros(2, jnp.float16), jnp.array([0.0, 1e-6], jnp.float16)
+  tx = msam(np.inf, max_rise=1e-5)
+  probe, _ = tx.update(g, tx.init(w), w, grad_fn=lambda probe: probe)
+  np.testing.assert_allclose(probe, [0, 1e-5 / float(g[1])], rtol=1e-3)
+
+
+def square(w):
+  return 0.5 * jnp.sum(w**2 * jnp.array([1.0, 3.0]))
+
+
+def one_step(tx, w=(0.6, -0.8)):
+  w, grad_fn = jnp.array(w), jax.grad(square)
+  update, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+  return np.asarray(update), state
+
+
+def test_msam_by_its_rise_is_msam_by_its_alpha():
+  by_rise, state = one_step(msam(0.3, max_rise=0.15, base=adaptive(weights=True)))
+  by_alpha, expected = one_step(msam(0.3, alpha=2.0, base=adaptive(weights=True)))
+  np.testing.assert_allclose(by_rise, by_alpha, rtol=1e-6)
+  np.testing.assert_allclose(state.radius, expected.radius, rtol=1e-6)
+  np.testing.assert_allclose(0.15 * state.slope, 0.3 * expected.slope, rtol=1e-6)
+
+
+def test_without_a_largest_radius_the_rise_is_the_one_allowed():
+  update, state = one_step(msam(np.inf, max_rise=0.2))
+  w, h = np.array([0.6, -0.8]), np.array([1.0, 3.0])
+  g = h * w
+  delta = 0.2 * g / (g @ g)
+  np.testing.assert_allclose(update, h * (w + delta), rtol=1e-6)
+  np.testing.assert_allclose(state.radius, 0.2 / np.linalg.norm(g), rtol=1e-6)
+  np.testing.assert_allclose(state.slope, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize('injected', [False, True], ids=['schedules', 'injected'])
+def test_rise_and_largest_radius_may_be_schedules(injected):
+  radii, rises = jnp.array([np.inf, 0.5, 0.1]), jnp.array([0.1, 0.3, 0.2])
+  make = optax.inject_hyperparams(msam) if injected else msam
+  tx = make(rho=lambda i: radii[i], max_rise=lambda i: rises[i])
+  w, g = jnp.zeros(2), jnp.array([3.0, 4.0])
+  state = tx.init(w)
+  step = jax.jit(lambda state: tx.update(g, state, w, grad_fn=lambda probe: probe))
+  for radius, rise in zip(radii, rises, strict=True):
+    probe, state = step(state)
+    length = 1 / np.hypot(5 / rise, 1 / radius)
+    np.testing.assert_allclose(probe, length * np.array([0.6, 0.8]), rtol=1e-6)
+  assert optax.tree.get(state, 'metric_state') == (() if injected else (3, ()))
+
+
+def test_numbers_that_go_wrong_under_inject_hyperparams_are_seen():
+  tx = optax.inject_hyperparams(msam)(rho=np.inf, max_rise=0.1)
+  w = jnp.ones(2)
+  state = tx.init(w)
+  step = jax.jit(lambda state: tx.update(w, state, w, grad_fn=lambda probe: probe)[0])
+  assert np.isfinite(step(state)).all()
+  for name, value in [('rho', -1.0), ('rho', np.nan), ('max_rise', np.inf)]:
+    wrong = {**state.hyperparams, name: jnp.float32(value)}
+    assert np.isnan(step(state._replace(hyperparams=wrong))).all()
+
+
+@pytest.mark.parametrize(
+  ('make', 'error', 'message'),
+  [
+    (lambda: unit_rise(max_radius=-1.0), ValueError, '`max_radius` must be >= 0, got'),
+    (lambda: unit_rise(max_radius=np.nan), ValueError, '`max_radius` must be >= 0, go'),
+    (lambda: unit_rise(2.0), TypeError, '`base` must be a Metric.*got 2.0'),
+    (lambda: msam(-1.0, max_rise=0.1), ValueError, '`rho` must be >= 0, got -1'),
+    (lambda: msam(max_rise=np.inf), ValueError, '`max_rise` must be finite and >= 0'),
+    (lambda: msam(np.inf), ValueError, '`rho` must be finite and >= 0, got inf'),
+    (lambda: msam(alpha=2.0, max_rise=0.1), ValueError, 'both `alpha` and `max_rise`'),
+    (
+      lambda: msam(alpha=lambda count: 1.0, max_rise=0.1),
+      ValueError,
+      'both `alpha` and `max_rise`',
+    ),
+    (
+      lambda: optax.inject_hyperparams(msam)(alpha=2.0, max_rise=0.1).init(PARAMS),
+      ValueError,
+      'both `alpha` and `max_rise`',
+    ),
+    (
+      lambda: unit_rise(max_radius=1.0).ascend(jnp.ones(2), (), None),
+      ValueError,
+      'needs the radius of the step, `rho`',
+    ),
+  ],
+  ids=range(10),
+)
+def test_unit_rise_refuses(make, error, message):
+  with pytest.raises(error, match=message):
+    make()
+
+
+@pytest.mark.parametrize('s', [-4.0, 0.0, 4.0])
+def test_along_a_mean_of_gradients_the_loss_may_fall(s):
+  """The step is as long as if the loss rose as fast."""
+  u = jnp.array([0.6, 0.8])
+  falling = Metric(
+    lambda params: (),
+    lambda grads, state, params, **extra_args: (Ascent(u, jnp.float32(s)), state),
+  )
+  size = abs(s)
+  for metric, factor in [
+    (monge(0.5, falling), 1 / np.sqrt(1 + 0.25 * size**2)),
+    (capped(falling, 0.5), min(1, 0.5 / size) if size else 1),
+    (unit_rise(falling, 2.0), 1 / np.hypot(size, 0.3 / 2.0)),
+  ]:
+    (direction, slope), _ = metric.ascend(u, (), u, rho=0.3)
+    np.testing.assert_allclose(direction, factor * u, rtol=1e-6)
+    np.testing.assert_allclose(slope, factor * s, rtol=1e-6)
 
 
 # On devices. The loss is ‖w‖²/2, so that the gradient at the probe is the probe.

@@ -37,6 +37,10 @@ def arrays(tree, dtype=jnp.float32):
   return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
 
 
+def flat(tree):
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
 def public(kind):
   """The public functions that return a metric, a combination or a method."""
   return {
@@ -63,6 +67,9 @@ def of_adaptive(g, w):
 
 
 ADAPTIVE = msam_optax.adaptive(0.1, weights=True)
+GRADIENTS = jax.tree.map(
+  lambda *xs: jnp.stack(xs).astype(jnp.float32), G_PROBE, G_OTHER
+)
 METRICS = {
   'euclidean': (msam_optax.euclidean(), identity, {'scale_invariant': True}),
   'adaptive': (ADAPTIVE, of_adaptive, {'scale_invariant': True}),
@@ -84,6 +91,46 @@ METRICS = {
     msam_optax.capped(sigma=0.3),
     lambda g, w: np.eye(len(g)) * max(1, np.linalg.norm(g) / 0.3) ** 2,
     {},
+  ),
+  'unit_rise': (
+    msam_optax.unit_rise(),
+    lambda g, w: np.eye(len(g)) * (g @ g),
+    {},
+  ),
+  'unit_rise over adaptive': (
+    msam_optax.unit_rise(ADAPTIVE, max_radius=0.2),
+    lambda g, w: (
+      of_adaptive(g, w) * (g @ np.linalg.solve(of_adaptive(g, w), g) + (0.1 / 0.2) ** 2)
+    ),
+    {},
+  ),
+  # In the first step of those with a memory it is of this gradient.
+  'smoothed': (msam_optax.smoothed(ADAPTIVE), of_adaptive, {'scale_invariant': True}),
+  'residual': (msam_optax.residual(), identity, {'scale_invariant': True}),
+  'monge_average': (
+    msam_optax.monge_average(0.5, 3.0, ADAPTIVE),
+    of_monge(1.5, of_adaptive),
+    {},
+  ),
+  'low_rank_monge': (
+    msam_optax.low_rank_monge(2, 1.5, ADAPTIVE),
+    of_monge(1.5, of_adaptive),
+    {},
+  ),
+  'low_rank_monge, of given gradients': (
+    msam_optax.low_rank_monge(),
+    np.eye(6) + 0.5 * sum(np.outer(g, g) for g in map(flat, (G_PROBE, G_OTHER))),
+    {'sharded': False, 'gradients': GRADIENTS},
+  ),
+  'neighborhood_monge': (  # The loss is linear there.
+    msam_optax.neighborhood_monge(2, 0.1, 1.5, key=jax.random.key(0)),
+    of_monge(1.5, identity),
+    {},
+  ),
+  'preconditioned': (
+    msam_optax.preconditioned(optax.scale_by_rms(0.9, eps=1e-4)),
+    lambda g, w: np.diag(np.sqrt(0.1 * g**2 + 1e-4)),
+    {'magnitudes': (1e-15, 1e15)},  # Of larger numbers the squares overflow.
   ),
   'monge over adaptive': (
     msam_optax.monge(1.5, ADAPTIVE),
@@ -109,7 +156,17 @@ def test_the_metric_of_every_method_keeps_the_contract(method):
   testing.assert_metric(ROWS[method].metric, arrays(G), arrays(W))
 
 
-@pytest.mark.parametrize(('metric', 'matrix', 'options'), METRICS.values(), ids=METRICS)
+COMPILES_MUCH = ('low_rank_monge', 'neighborhood_monge')
+
+
+@pytest.mark.parametrize(
+  ('metric', 'matrix', 'options'),
+  [
+    pytest.param(*row, marks=[pytest.mark.slow] if name in COMPILES_MUCH else [])
+    for name, row in METRICS.items()
+  ],
+  ids=METRICS,
+)
 def test_every_metric_keeps_the_contract(metric, matrix, options):
   testing.assert_metric(metric, arrays(G), arrays(W), matrix=matrix, **options)
 

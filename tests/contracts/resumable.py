@@ -34,6 +34,13 @@ TRANSFORMATIONS = {
   'inject_hyperparams': optax.inject_hyperparams(msam_optax.msam)(
     rho=_SCHEDULE, alpha=0.5
   ),
+  'memory': msam_optax.msam(_SCHEDULE, base=msam_optax.smoothed()),
+  'low_rank': msam_optax.sharpness_aware(
+    msam_optax.low_rank_monge(3, _SCHEDULE), _SCHEDULE
+  ),
+  'neighborhood': msam_optax.sharpness_aware(
+    msam_optax.neighborhood_monge(2, 0.1, key=jax.random.key(0)), _SCHEDULE
+  ),
 }
 
 
