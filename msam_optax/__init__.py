@@ -21,9 +21,11 @@ from msam_optax.low_rank import neighborhood_monge
 from msam_optax.low_rank import NeighborhoodState
 from msam_optax.methods import asam
 from msam_optax.methods import fisher_sam
+from msam_optax.methods import friendly_sam
 from msam_optax.methods import msam
 from msam_optax.methods import sam
 from msam_optax.methods import sparse_sam
+from msam_optax.methods import vasso
 from msam_optax.metrics import adaptive
 from msam_optax.metrics import Ascent
 from msam_optax.metrics import diagonal_fisher
@@ -89,6 +91,7 @@ __all__ = (
   'euclidean',
   'fisher_alpha',
   'fisher_sam',
+  'friendly_sam',
   'gsam',
   'look_sam',
   'low_rank_monge',
@@ -116,6 +119,7 @@ __all__ = (
   'surrogate_gap',
   'unit_rise',
   'value_and_grad',
+  'vasso',
   'weighted',
   'when_steep',
   'wsam',

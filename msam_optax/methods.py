@@ -8,6 +8,7 @@ import optax
 
 from msam_optax import _hyperparameters
 from msam_optax import _options
+from msam_optax import averages
 from msam_optax import metrics
 from msam_optax import sparsity as sparsity_
 from msam_optax import transformation
@@ -234,6 +235,110 @@ def fisher_sam(
     <https://arxiv.org/abs/2206.04920>`_, 2022
   """
   return transformation.sharpness_aware(metrics.diagonal_fisher(eta), rho, **options)
+
+
+@_options.method
+def friendly_sam(
+  rho: _hyperparameters.Hyperparameter = 0.1,
+  sigma: float | jax.Array = 1.0,
+  decay: float | jax.Array = 0.9,
+  *,
+  metric: metrics.Metric = metrics.euclidean(),
+  **options: Unpack[transformation.Options],
+) -> Transformation:
+  """Friendly SAM: climbs the noise of the batch, and not the gradient of all data.
+
+  For the gradient ``g`` and the running mean ``m`` of those before, it is the gradient
+  at
+
+      w + ρ (g − σm)/‖g − σm‖,      then   m ← λm + (1 − λ)g.
+
+  The first step is SAM's. It needs memory for one more copy of the params.
+
+  Args:
+    rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step. The
+      authors have 0.05 to 0.2.
+    sigma: ``σ``, scalar >= 0; 1 in the paper. 0 is SAM.
+    decay: ``λ``, scalar, 0 <= λ <= 1. The authors have 0.6 to 0.95.
+    metric: how the length of a perturbation is measured; Euclidean in the paper.
+    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
+      ``perturbation_dtype`` of :func:`sharpness_aware`.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    TypeError: if an argument has the wrong type.
+    ValueError: if a number is out of its range, or ``axis_name`` is missing.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from msam_optax import friendly_sam
+    >>> loss = lambda w, x: jnp.sum((w - x)**2)
+    >>> tx = optax.chain(friendly_sam(rho=0.5), optax.sgd(0.1))
+    >>> w, state = jnp.zeros(2), tx.init(jnp.zeros(2))
+    >>> for x in jnp.array([[1.0, 0.0], [1.0, 1.0]]):
+    ...   grad_fn = lambda w, x=x: jax.grad(loss)(w, x)
+    ...   updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+    ...   print(updates)
+    [ 0.3 -0. ]
+    [0.2 0.3]
+
+  References:
+    Li et al., `Friendly Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2403.12350>`_, 2024
+  """
+  climbed = averages.residual(metric, sigma, decay)
+  return transformation.sharpness_aware(climbed, rho, **options)
+
+
+@_options.method
+def vasso(
+  rho: _hyperparameters.Hyperparameter = 0.1,
+  decay: float | jax.Array = 0.1,
+  *,
+  metric: metrics.Metric = metrics.euclidean(),
+  **options: Unpack[transformation.Options],
+) -> Transformation:
+  """VaSSO: climbs the running mean of gradients, which varies less than each of them.
+
+  With the running mean ``d`` of the gradients, this one included, it is the gradient at
+  ``w + ρ d/‖d‖``. It needs memory for one more copy of the params.
+
+  Args:
+    rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
+    decay: how much of ``d`` is kept from one step to the next, scalar, 0 <= decay <= 1;
+      0.1 by default in the authors' code, where it is ``1 − θ``. 0 is SAM.
+    metric: how the length of a perturbation is measured; Euclidean in the paper.
+    **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
+      ``perturbation_dtype`` of :func:`sharpness_aware`.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`.
+
+  Raises:
+    TypeError: if an argument has the wrong type.
+    ValueError: if a number is out of its range, or ``axis_name`` is missing.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from msam_optax import vasso
+    >>> loss = lambda w, x: jnp.sum((w - x)**2)
+    >>> tx = optax.chain(vasso(rho=0.5, decay=0.5), optax.sgd(0.1))
+    >>> w, state = jnp.zeros(2), tx.init(jnp.zeros(2))
+    >>> for x in jnp.array([[-3.0, 0.0], [0.0, -4.0]]):
+    ...   grad_fn = lambda w, x=x: jax.grad(loss)(w, x)
+    ...   updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+    ...   print(updates)
+    [-0.7 -0. ]
+    [-0.06 -0.88]
+
+  References:
+    Li & Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance Suppression
+    <https://arxiv.org/abs/2309.15639>`_, 2023
+  """
+  climbed = averages.smoothed(metric, decay)
+  return transformation.sharpness_aware(climbed, rho, **options)
 
 
 @_options.method

@@ -108,6 +108,18 @@ def _sparse(w, g, rho, is_weight, memory, sparsity=0.5, every=3):
   return memory['chosen'] * rho * g / np.sqrt(g @ g)
 
 
+def _friendly(w, g, rho, is_weight, memory, sigma=1.0, decay=0.9):
+  m = memory.get('m')
+  u = g if m is None else g - sigma * m
+  memory['m'] = g if m is None else decay * m + (1 - decay) * g
+  return rho * u / (np.sqrt(u @ u) or 1.0)
+
+
+def _vasso(w, g, rho, is_weight, memory, decay=0.1):
+  d = memory['d'] = decay * memory.get('d', g) + (1 - decay) * g
+  return rho * d / np.sqrt(d @ d)
+
+
 def monge_sam(alpha: Any) -> Method:
   """The row of Monge SAM with another ``α``."""
   return Method(
@@ -171,6 +183,20 @@ METHODS: dict[str, Method] = {
     functools.partial(msam_optax.sparse_sam, every=3),
     msam_optax.sparse(every=3),
     _sparse,
+    update=lambda g, g1, memory: g1,
+    remembers=True,
+  ),
+  'friendly_sam': Method(
+    msam_optax.friendly_sam,
+    msam_optax.residual(),
+    _friendly,
+    update=lambda g, g1, memory: g1,
+    remembers=True,
+  ),
+  'vasso': Method(
+    msam_optax.vasso,
+    msam_optax.smoothed(),
+    _vasso,
     update=lambda g, g1, memory: g1,
     remembers=True,
   ),
