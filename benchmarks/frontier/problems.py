@@ -52,8 +52,8 @@ def fashion(seed: int) -> tuple[Any, Any, Any]:
 
 
 TASKS = {
-  'digits': Task(digits, width=128, steps=600, batch=50, learning_rate=3e-3),
-  'fashion': Task(fashion, width=128, steps=600, batch=50, learning_rate=1e-3),
+  'digits': Task(digits, width=128, steps=1200, batch=50, learning_rate=3e-3),
+  'fashion': Task(fashion, width=128, steps=1500, batch=50, learning_rate=3e-3),
 }
 
 

@@ -65,8 +65,7 @@ def run(
 ) -> dict[str, jax.Array]:
   """One run, whose radius is traced."""
   x, labels = data.train
-  adam = optax.adam(optax.cosine_decay_schedule(task.learning_rate, steps))
-  tx = entry.make(knob, adam, steps)
+  tx = entry.make(knob, task.learning_rate, steps)
   params = problems.init(data.key, x.shape[1], task.width)
 
   def step(carry, rows):
