@@ -21,7 +21,8 @@ STEP_NOTE = (
 ASCENT_NOTE = (
   'GB/s: the bytes of the ideal over the time. The ideal of a copy is 2 times the bytes'
   ' of the arrays, that of the ascent 4: read the gradient for the norm, then gradient'
-  ' and parameters, write the probe. ratio: of these speeds, round by round.'
+  ' and parameters, write the probe. ratio: to the speed of the copy of as many arrays,'
+  ' round by round. All overwrite their arrays, many times in one program.'
 )
 
 

@@ -5,6 +5,7 @@ steps, saves, and is killed; ``… resume`` goes on from there in another proces
 saves the end.
 """
 
+import functools
 import os
 import pathlib
 import signal
@@ -23,6 +24,9 @@ from tests.methods import REMEMBERING
 from tests.methods import transformation
 
 HALF, STEPS = 5, 10
+# A GPU's matrix products are chosen by how long they take, in each process anew, and
+# the last bits differ.
+SAME_IN_ALL_PROCESSES = {'xla_gpu_autotune_level': 0}
 
 _SCHEDULE = optax.cosine_decay_schedule(0.2, STEPS)
 
@@ -76,7 +80,7 @@ def train(name: str, carry: tuple[Any, Any], first: int, last: int) -> tuple[Any
   """The params and state after the steps ``first`` to ``last``, excluded."""
   tx = make_tx(name)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=SAME_IN_ALL_PROCESSES)
   def train_step(params, state, x, inside):
     value_and_grad_fn = lambda params: jax.value_and_grad(loss_fn)(params, x, inside)
     value, grads = value_and_grad_fn(params)
