@@ -27,6 +27,11 @@ from msam_optax.monge import MongeState
 from msam_optax.norms import max_norm
 from msam_optax.norms import spectral
 from msam_optax.perturbation import perturb
+from msam_optax.single_pass import eval_params
+from msam_optax.single_pass import lagged
+from msam_optax.single_pass import LaggedState
+from msam_optax.single_pass import momentum_sam
+from msam_optax.single_pass import MomentumSAMState
 from msam_optax.spaces import LOCAL
 from msam_optax.spaces import Space
 from msam_optax.transformation import normalize_by
@@ -43,7 +48,9 @@ __all__ = (
   'LOCAL',
   'Ascent',
   'Combination',
+  'LaggedState',
   'Metric',
+  'MomentumSAMState',
   'MongeState',
   'Options',
   'SharpnessAwareState',
@@ -56,9 +63,12 @@ __all__ = (
   'curvature',
   'diagonal_fisher',
   'euclidean',
+  'eval_params',
   'fisher_sam',
   'gsam',
+  'lagged',
   'max_norm',
+  'momentum_sam',
   'monge',
   'msam',
   'normalize_by',
