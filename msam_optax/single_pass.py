@@ -107,8 +107,8 @@ def lagged(
     metric: how the length of a perturbation is measured, e.g. ``monge()`` or
       ``euclidean()``. It sees the gradient at the probe and the new clean parameters.
     rho: ``ρ``, the radius, scalar >= 0: a number, an array or an Optax schedule,
-      counted in calls of ``update``. It may change from step to step: the perturbation that
-      was applied is stored.
+      counted in calls of ``update``. It may change from step to step: the perturbation
+      that was applied is stored.
     mask: which leaves are perturbed, in Optax's convention: a tree of bools like the
       params (or a prefix of it), or a function from params to one. By default all; they
       must be real floating point.
@@ -238,8 +238,8 @@ def momentum_sam(
       the step. Where ``optax.partition`` or ``optax.masked`` gives leaves to several
       optimizers, each leaf moves along its own, and those without do not move.
     rho: ``ρ``, the radius, scalar >= 0: a number, an array or an Optax schedule,
-      counted in calls of ``update``. It may change from step to step: the scale that was
-      applied is stored.
+      counted in calls of ``update``. It may change from step to step: the scale that
+      was applied is stored.
     alpha: ``α``, scalar >= 0, likewise; 0 is the paper.
     momentum: the name of the field in the base optimizer's state that holds ``v``, by
       default ``trace`` (SGD) or ``mu`` (the Adam family, Lion, Muon).
