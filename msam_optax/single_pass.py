@@ -61,12 +61,16 @@ class MomentumSAMState(NamedTuple):
     count: int32 scalar, the steps so far.
     scale: scalar, float32 or wider: the perturbation as it was applied is ``-scale``
       times the momentum in ``base_state``; zero before the first step.
+    perturbed: which leaves are perturbed, without arrays: an ``optax.EmptyState`` for
+      all of them, or a tree like the params with one for each that is, and an
+      ``optax.MaskedNode`` for each that is not.
     clean: the clean parameters in ``clean_dtype``; None if it is not given.
     base_state: the base optimizer's state.
   """
 
   count: Any
   scale: jax.Array
+  perturbed: Any
   clean: Any
   base_state: Any
 
@@ -293,22 +297,22 @@ def momentum_sam(
     return MomentumSAMState(
       count=jnp.zeros([], jnp.int32),
       scale=jnp.zeros([], _numerics.wide_dtype(w)),
+      perturbed=_marks(moved),
       clean=clean,
       base_state=base_state,
     )
 
   def update(updates, state, params=None, **extra_args):
-    perturbed = _check_inputs('momentum_sam', updates, params, mask, param_specs)
+    _check_inputs('momentum_sam', updates, params, mask, param_specs)
     if state.clean is None:
-      v = _masks.restrict(_momentum(state.base_state, params, momentum), perturbed)
-      before = _along(v, state.scale)
+      before = _along(_momentum_of(state, params, momentum), state.scale)
       w = _without(params, before)
     else:
       before, w = None, state.clean
     grads = _cast(updates, clean_dtype)
     step, base_state = base.update(grads, state.base_state, w, **extra_args)
 
-    v = _masks.restrict(_momentum(base_state, params, momentum), perturbed)
+    v = _momentum_of(state._replace(base_state=base_state), params, momentum)
     _, norm = spaces.over(None, param_specs).normalize(v)
     norm = norm.astype(state.scale.dtype)
     rho_now = _hyperparameters.value_at('rho', rho, state.count)
@@ -328,7 +332,7 @@ def momentum_sam(
       clean = optax.apply_updates(w, step)
       step = _difference(_with(clean, after), params)
     count = optax.safe_increment(state.count)
-    return step, MomentumSAMState(count, scale, clean, base_state)
+    return step, MomentumSAMState(count, scale, state.perturbed, clean, base_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -386,8 +390,29 @@ def _clean(state, params, momentum):
     )
   if isinstance(state, LaggedState):
     return _without(params, _aligned(state.perturbation, params))
-  v = _momentum(state.base_state, params, momentum)
+  v = _momentum_of(state, params, momentum)
   return _without(params, _along(v, state.scale))
+
+
+def _marks(moved):
+  """Where leaves are perturbed, as structure alone, of the tree of these leaves."""
+  nodes = jax.tree.leaves(moved, is_leaf=_is_masked)
+  if not any(map(_is_masked, nodes)):
+    return optax.EmptyState()
+  return jax.tree.map(
+    lambda x: x if _is_masked(x) else optax.EmptyState(), moved, is_leaf=_is_masked
+  )
+
+
+def _momentum_of(state, params, name):
+  """The momentum of the leaves that are perturbed."""
+  hide = lambda tree: jax.tree.map(lambda _: optax.MaskedNode(), tree)
+  return jax.tree.map(
+    lambda mark, tree: hide(tree) if _is_masked(mark) else tree,
+    state.perturbed,
+    _momentum(state.base_state, params, name),
+    is_leaf=lambda x: isinstance(x, (optax.MaskedNode, optax.EmptyState)),
+  )
 
 
 def _momentum(base_state, params, name):
@@ -444,7 +469,9 @@ def _check_is_of_gradients(base, params, name):
   """
   total = 0.0
   with contextlib.suppress(Exception), jax.ensure_compile_time_eval():
-    ones = jax.tree.map(lambda w: jnp.ones((1,) * jnp.ndim(w), w.dtype), params)
+    ones = jax.tree.map(
+      lambda w: jnp.ones((1,) * jnp.ndim(w), jnp.result_type(w)), params
+    )
     state = base.init(ones)
     for _ in range(2):
       _, state = base.update(ones, state, ones)
