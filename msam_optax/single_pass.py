@@ -133,7 +133,7 @@ def lagged(
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
-    >>> from msam_optax import eval_params, euclidean, lagged
+    >>> from msam_optax import euclidean, eval_params, lagged
     >>> loss = lambda w: jnp.sum(w**2) / 2
     >>> tx = lagged(optax.sgd(0.5), euclidean(), rho=0.1)
     >>> params = jnp.array([0.6, 0.8])
