@@ -232,8 +232,8 @@ def momentum_sam(
       grads = jax.grad(loss)(params, batch)         # the only gradient
       updates, state = tx.update(grads, state, params)
 
-  Radii are larger than SAM's, since ``v`` is not the gradient: the authors' code has 3
-  for SGD on CIFAR, 0.3 for SGD on ImageNet and 1 for AdamW, the default here.
+  Radii are larger than SAM's: the authors' code has 3 for SGD on CIFAR, 0.3 for SGD on
+  ImageNet and 1 for AdamW, the default here.
   ``trace`` of SGD is a sum, not a mean: it is about ``1/(1 − decay)`` times a gradient,
   so give ``(1 − decay)`` times the ``alpha`` of :func:`monge`.
 
@@ -396,8 +396,9 @@ def _clean(state, params, momentum):
 
 def _marks(moved):
   """Where leaves are perturbed, as structure alone, of the tree of these leaves."""
-  nodes = jax.tree.leaves(moved, is_leaf=_is_masked)
-  if not any(map(_is_masked, nodes)):
+  if not jax.tree.leaves(moved):  # What optax.tree.map_params gives.
+    return moved
+  if not any(map(_is_masked, jax.tree.leaves(moved, is_leaf=_is_masked))):
     return optax.EmptyState()
   return jax.tree.map(
     lambda x: x if _is_masked(x) else optax.EmptyState(), moved, is_leaf=_is_masked

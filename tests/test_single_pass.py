@@ -759,6 +759,23 @@ def test_loops_take_the_steps_of_the_rule(method, loop):
   np.testing.assert_allclose(vector(probe), moved, rtol=1e-4, atol=1e-6)
 
 
+@promotes
+@both
+def test_state_can_be_mapped_over_and_made_for_several_models(method):
+  """By ``optax.tree.map_params``, also under a mask, and by ``vmap``."""
+  tx = METHODS[method](optax.adam(RATE), rho=0.5, mask={'a': True, 'b': False})
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), W)
+  state = tx.init(params)
+  marked = optax.tree.map_params(tx, lambda x: 0 * x + 7, state)
+  assert jax.tree.structure(marked) == jax.tree.structure(state)
+  assert jnp.all(optax.tree.get(marked, 'mu')['b'] == 7)
+
+  several = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+  updates, _ = jax.vmap(tx.update)(several, jax.vmap(tx.init)(several), several)
+  first, _ = tx.update(params, state, params)
+  chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], updates), first, rtol=1e-6)
+
+
 def test_state_says_what_it_is():
   tx = momentum_sam(optax.sgd(0.1, momentum=0.9), rho=0.5)
   state = tx.init(W)
