@@ -531,6 +531,8 @@ def test_a_gradient_that_is_not_finite_is_seen_and_may_be_skipped(method):
   chex.assert_trees_all_close(
     eval_params(state, p), eval_params(*reversed(train(inside, [params]))), rtol=1e-6
   )
+  hidden = make(optax.chain(base, optax.zero_nans()), rho=0.5)
+  chex.assert_tree_all_finite(train(hidden, [params, bad, params])[0])
   p, _ = train(make(base, rho=lambda count: -1.0), [params])
   assert jnp.isnan(p['w']).all()
 
