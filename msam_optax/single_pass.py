@@ -183,11 +183,11 @@ def lagged(
       new,
       {**extra_args, 'space': space, 'rho': rho_now},
     )
-    times = lambda d, w: (_numerics.widen(rho_now, like=w) * _numerics.widen(d)).astype(
-      w.dtype
+    perturbation = jax.tree.map(
+      lambda d, w: (_numerics.widen(rho_now, like=w) * d).astype(w.dtype),
+      jax.tree.map(_numerics.widen, ascent.direction),
+      _masks.restrict(new, perturbed),
     )
-    moved = _masks.restrict(new, perturbed)
-    perturbation = jax.tree.map(times, ascent.direction, moved)
     if state.clean is None:
       step = _moved(step, state.perturbation, perturbation)
       clean = None
@@ -314,16 +314,10 @@ def momentum_sam(
 
     v = _momentum_of(state._replace(base_state=base_state), params, momentum)
     _, norm = spaces.over(None, param_specs).normalize(v)
-    norm = norm.astype(state.scale.dtype)
-    rho_now = _hyperparameters.value_at('rho', rho, state.count)
-    alpha_now = _hyperparameters.value_at('alpha', alpha, state.count)
-    scale = _numerics.widen(rho_now, like=norm) * _numerics.inverse_hypot(
-      _numerics.widen(alpha_now, like=norm) * norm
-    )
-    # No finite scale takes what is this short to the length ρ.
-    usable = norm > scale / jnp.finfo(norm.dtype).max
-    scale = jnp.where(
-      usable | jnp.isnan(scale), scale / jnp.where(norm > 0, norm, 1.0), 0.0
+    scale = _scale_of(
+      norm.astype(state.scale.dtype),
+      _hyperparameters.value_at('rho', rho, state.count),
+      _hyperparameters.value_at('alpha', alpha, state.count),
     )
     after = _along(v, scale)
     if state.clean is None:
@@ -485,6 +479,15 @@ def _check_is_of_gradients(base, params, name):
       ' uphill. So it is in `optax.rmsprop(momentum=…)` and `optax.lars`. Build the'
       ' chain with `optax.trace` before `optax.scale_by_learning_rate`.'
     )
+
+
+def _scale_of(norm, rho, alpha):
+  """``ρ/(‖v‖√(1 + α²‖v‖²))``, and 0 where no finite number takes ``v`` to length ρ."""
+  rho, alpha = (_numerics.widen(x, like=norm) for x in (rho, alpha))
+  length = rho * _numerics.inverse_hypot(alpha * norm)
+  largest = jnp.finfo(norm.dtype).max
+  usable = (norm > length / largest) | jnp.isnan(length)
+  return jnp.where(usable, length / jnp.where(norm > 0, norm, 1.0), 0.0)
 
 
 def _along(v, scale):
