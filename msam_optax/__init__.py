@@ -51,6 +51,11 @@ from msam_optax.occasional import when_steep
 from msam_optax.perturbation import perturb
 from msam_optax.preconditioning import preconditioned
 from msam_optax.radii import rho_following
+from msam_optax.single_pass import eval_params
+from msam_optax.single_pass import lagged
+from msam_optax.single_pass import LaggedState
+from msam_optax.single_pass import momentum_sam
+from msam_optax.single_pass import MomentumSAMState
 from msam_optax.spaces import LOCAL
 from msam_optax.spaces import Space
 from msam_optax.sparsity import sparse
@@ -70,8 +75,10 @@ __all__ = (
   'Ascent',
   'AverageState',
   'Combination',
+  'LaggedState',
   'LowRankState',
   'Metric',
+  'MomentumSAMState',
   'MongeState',
   'NeighborhoodState',
   'Options',
@@ -89,13 +96,16 @@ __all__ = (
   'decoupled_wsam',
   'diagonal_fisher',
   'euclidean',
+  'eval_params',
   'fisher_alpha',
   'fisher_sam',
   'friendly_sam',
   'gsam',
+  'lagged',
   'look_sam',
   'low_rank_monge',
   'max_norm',
+  'momentum_sam',
   'monge',
   'monge_average',
   'msam',

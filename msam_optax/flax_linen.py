@@ -1,5 +1,7 @@
-"""Flax Linen: a train state that forwards extra arguments, and loss scaling."""
+"""Flax Linen: a train state that forwards extra arguments, loss scaling, BatchNorm."""
 
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
 import difflib
@@ -12,6 +14,7 @@ from typing import Self
 from flax.training import train_state
 from flax.training.dynamic_scale import DynamicScale
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from msam_optax import _evaluation
@@ -136,6 +139,94 @@ def scale_by_both_passes(
   # Flax updates the scale from a gradient: here one that is finite if `finite` is.
   gradient_of = lambda x: x + x * _numerics.zero_if(finite, jnp.float32)
   return dynamic_scale.value_and_grad(gradient_of)(jnp.float32(0.0)).dynamic_scale
+
+
+def reestimate_batch_stats(
+  forward: Callable[[Any, Any], Any], batch_stats: Any, batches: Iterable[Any]
+) -> Any:
+  """The statistics of BatchNorm at other parameters: their means over some batches.
+
+  With :func:`lagged` and :func:`momentum_sam` the running statistics are those at the
+  probes of past steps. For an evaluation at the clean parameters let the model see an
+  epoch, or a part of one, there::
+
+      clean = msam_optax.eval_params(state.opt_state, state.params)
+
+      @jax.jit
+      def forward(batch_stats, x):
+        variables = {'params': clean, 'batch_stats': batch_stats}
+        return state.apply_fn(variables, x, train=True, mutable=['batch_stats'])[1][
+            'batch_stats']
+
+      batch_stats = reestimate_batch_stats(forward, state.batch_stats, batches)
+
+  Every batch has the same weight, whatever the layer's momentum: a pass from statistics
+  of zero leaves ``(1 − momentum)`` times those of the batch, and one more pass, from
+  other statistics, tells the momentum. So it is one forward pass for each batch, and
+  one more. The variance is the mean of the batches' own, as in training.
+
+  Args:
+    forward: ``(batch_stats, batch) -> new batch_stats``, a pass in training mode.
+    batch_stats: the collection as it is. Leaves called ``mean`` or ``var`` are those of
+      BatchNorm; others, as those of ``nn.SpectralNorm``, stay what they are.
+    batches: what ``forward`` takes, at least one.
+
+  Returns:
+    The new collection, like ``batch_stats``.
+
+  Raises:
+    ValueError: if there is no batch, no statistic, or if ``forward`` leaves the
+      statistics as they are.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> from msam_optax.flax_linen import reestimate_batch_stats
+    >>> norm = nn.BatchNorm(use_running_average=False)
+    >>> batches = [jnp.array([[0.0], [2.0]]), jnp.array([[1.0], [5.0]])]
+    >>> variables = norm.init(jax.random.key(0), batches[0])
+    >>> def forward(batch_stats, x):
+    ...   variables_now = {**variables, 'batch_stats': batch_stats}
+    ...   return norm.apply(variables_now, x, mutable=['batch_stats'])[1]['batch_stats']
+    >>> stats = reestimate_batch_stats(forward, variables['batch_stats'], batches)
+    >>> print(stats['mean'], stats['var'])
+    [2.] [2.5]
+  """
+  chosen = jax.tree_util.tree_map_with_path(
+    lambda path, _: bool({'mean', 'var'} & {*_masks.path_names(path)[-1:]}), batch_stats
+  )
+  if not any(jax.tree.leaves(chosen)):
+    raise ValueError(
+      '`batch_stats` has no leaf called "mean" or "var". Give the collection itself,'
+      " as in `variables['batch_stats']`."
+    )
+  choose = functools.partial(
+    jax.tree.map, lambda is_chosen, new, old: new if is_chosen else old, chosen
+  )
+  zeros = choose(jax.tree.map(jnp.zeros_like, batch_stats), batch_stats)
+  total, count, batch, last = zeros, 0, None, zeros
+  for batch in batches:
+    last = forward(zeros, batch)
+    total, count = jax.tree.map(jnp.add, total, last), count + 1
+  if not count:
+    raise ValueError('`batches` is empty: give at least one.')
+  start = jax.tree.map(lambda x: 1.0 + jnp.abs(x), last)
+  again = forward(choose(start, batch_stats), batch)
+
+  def mean(path, is_chosen, old, total, start, last, again):
+    if not is_chosen:
+      return old
+    share = 1.0 - jnp.mean((again - last) / start)  # One minus the momentum.
+    if not isinstance(share, jax.core.Tracer) and share < 1e-6:
+      raise ValueError(
+        f'`forward` leaves the statistics {_masks.at_path(path)} as they are: call the'
+        ' model in training mode (`train=True`, `use_running_average=False`).'
+      )
+    return (total / (count * share)).astype(old.dtype)
+
+  return jax.tree_util.tree_map_with_path(
+    mean, chosen, batch_stats, total, start, last, again
+  )
 
 
 def _update(tx, extra_args, grads, state, params):

@@ -1,6 +1,7 @@
-"""Flax NNX: gradients of models, at the probe, that leave the model as it is."""
+"""Flax NNX: gradients of models at the probe, and models at the clean parameters."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
 import inspect
@@ -17,6 +18,7 @@ from msam_optax import _masks
 from msam_optax import combinations
 from msam_optax import gradients
 from msam_optax import metrics
+from msam_optax import single_pass
 from msam_optax.monge import monge
 
 
@@ -226,6 +228,119 @@ def value_and_grad_fn(
     return value[0] if has_aux else value, _fill(params, grads, start.argnums)
 
   return at
+
+
+def eval_model(
+  optimizer: nnx.Optimizer, model: Any, *, momentum: str | None = None
+) -> Any:
+  """A copy of the model at the clean parameters, for evaluation.
+
+  For an ``nnx.Optimizer`` of :func:`lagged` or :func:`momentum_sam`, with which the
+  model that is trained is the probe, see :func:`msam_optax.eval_params`::
+
+      evaluated = flax_nnx.eval_model(optimizer, model)
+      flax_nnx.reestimate_batch_stats(evaluated, batches)    # if it has BatchNorm
+      evaluated.eval()
+
+  Args:
+    optimizer: the optimizer of the model.
+    model: the model that is trained. It stays as it is.
+    momentum: what :func:`momentum_sam` was given, if anything.
+
+  Returns:
+    A new model; all other variables are copies of the model's.
+
+  Raises:
+    ValueError: if the optimizer is none of :func:`lagged` or :func:`momentum_sam`.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp, optax
+    >>> from msam_optax import flax_nnx, momentum_sam
+    >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
+    >>> model.kernel[...] = jnp.array([[1.0], [1.0]])
+    >>> tx = momentum_sam(optax.sgd(0.1, momentum=0.9), rho=0.5)
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> x = jnp.array([[3.0, 4.0]])
+    >>> grads = nnx.grad(lambda model: model(x).mean())(model)
+    >>> _ = optimizer.update(model, grads)
+    >>> print(model.kernel[...].T, flax_nnx.eval_model(optimizer, model).kernel[...].T)
+    [[0.4 0.2]] [[0.7 0.6]]
+  """
+  graph, trained, rest = nnx.split(model, optimizer.wrt, ...)
+  clean = single_pass.eval_params(
+    _pure(optimizer.opt_state), _pure(trained), momentum=momentum
+  )
+  evaluated = nnx.merge(graph, *jax.tree.map(jnp.copy, (trained, rest)))
+  nnx.update(evaluated, clean)
+  return evaluated
+
+
+def reestimate_batch_stats(
+  model: Any,
+  batches: Iterable[Any],
+  forward: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+) -> None:
+  """Sets the statistics of BatchNorm to their means over some batches.
+
+  With :func:`lagged` and :func:`momentum_sam` the running statistics are those at the
+  probes of past steps. For an evaluation at the clean parameters let the model of
+  :func:`eval_model` see an epoch, or a part of one: one forward pass for each batch.
+  All batches have the same weight, whatever the layers' momentum; the variance is the
+  mean of the batches' own, as in training.
+
+  Args:
+    model: the model, whose BatchNorm layers get new statistics; nothing else changes.
+    batches: what ``forward`` takes, at least one.
+    forward: ``(model, batch) -> anything``; it is called, compiled, with a copy of the
+      model in training mode.
+
+  Returns:
+    None.
+
+  Raises:
+    ValueError: if there is no batch or no ``nnx.BatchNorm``.
+
+  Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> from msam_optax import flax_nnx
+    >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+    >>> batches = [jnp.array([[0.0], [2.0]]), jnp.array([[1.0], [5.0]])]
+    >>> flax_nnx.reestimate_batch_stats(model, batches)
+    >>> print(model.mean[...], model.var[...])
+    [2.] [2.5]
+  """
+  graph, state = nnx.split(model)
+  copy = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+  copy.train()
+  layers = _batch_norms(copy)
+  if not layers:
+    raise ValueError('The model has no nnx.BatchNorm: there is nothing to re-estimate.')
+  for layer in layers:
+    layer.momentum = 0.0  # The statistics are then those of the batch alone.
+  see = nnx.jit(lambda copy, batch: (forward(copy, batch), None)[1])
+  total, count = None, 0
+  for batch in batches:
+    see(copy, batch)
+    new = [(layer.mean[...], layer.var[...]) for layer in layers]
+    total = new if total is None else jax.tree.map(jnp.add, total, new)
+    count += 1
+  if total is None:
+    raise ValueError('`batches` is empty: give at least one.')
+  for layer, (mean, var) in zip(_batch_norms(model), total, strict=True):
+    layer.mean[...], layer.var[...] = mean / count, var / count
+
+
+def _batch_norms(model):
+  return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.BatchNorm)]
+
+
+def _pure(tree):
+  """A tree with arrays in the place of variables."""
+  return jax.tree.map(
+    lambda x: x[...] if _is_variable(x) else x, tree, is_leaf=_is_variable
+  )
 
 
 class _Start(NamedTuple):

@@ -23,9 +23,18 @@ FUNCTIONS = (
   }
   | {
     f'flax_nnx.{name}': getattr(flax_nnx, name)
-    for name in ('value_and_grad', 'grad_fn', 'value_and_grad_fn')
+    for name in (
+      'value_and_grad',
+      'grad_fn',
+      'value_and_grad_fn',
+      'eval_model',
+      'reestimate_batch_stats',
+    )
   }
-  | {'flax_linen.scale_by_both_passes': flax_linen.scale_by_both_passes}
+  | {
+    f'flax_linen.{name}': getattr(flax_linen, name)
+    for name in ('scale_by_both_passes', 'reestimate_batch_stats')
+  }
 )
 FUNCTIONS |= {
   f'{module.__name__}.{name}': function

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from msam_optax import msam
+from msam_optax.flax_linen import reestimate_batch_stats
 from msam_optax.flax_linen import TrainState
 from tests import by_hand
 from tests.methods import drop_in
@@ -188,3 +189,43 @@ def test_an_extra_argument_of_optax_is_no_misspelt_field():
   )
   assert optax.tree.get(state.opt_state, 'rise') > 0
   assert state.values == 1
+
+
+def test_reestimated_statistics_are_means_over_batches():
+  """Of the layer's inputs at the parameters given, whatever was there before."""
+  state = create(optax.sgd(0.1))
+  params = jax.tree.map(lambda w: 2 * w, state.params)
+  key = jax.random.key(7)
+
+  @jax.jit
+  def forward(batch_stats, x):
+    variables = {'params': params, 'batch_stats': batch_stats}
+    rngs = {'dropout': key}
+    new = MODEL.apply(variables, x, train=True, rngs=rngs, mutable=['batch_stats'])[1]
+    return new['batch_stats']
+
+  batches = [X[:6], X[6:11] - 3.0, X[11:]]
+  before = {**state.batch_stats, 'spectral': {'sigma': jnp.array(3.0)}}
+  with_other = lambda stats, x: {
+    **forward({'BatchNorm_0': stats['BatchNorm_0']}, x),
+    'spectral': {'sigma': stats['spectral']['sigma'] + 1},
+  }
+  after = reestimate_batch_stats(with_other, before, batches)
+  kernel, bias = (np.asarray(params['Dense_0'][k]) for k in ('kernel', 'bias'))
+  inputs = [np.asarray(x) @ kernel + bias for x in batches]
+  expected = {
+    'mean': np.mean([h.mean(0) for h in inputs], 0),
+    'var': np.mean([h.var(0) for h in inputs], 0),
+  }
+  chex.assert_trees_all_close(after['BatchNorm_0'], expected, rtol=1e-4, atol=1e-4)
+  assert after['spectral']['sigma'] == 3.0
+
+
+def test_statistics_that_cannot_be_reestimated_are_refused():
+  stats = {'norm': {'mean': jnp.zeros(2), 'var': jnp.ones(2)}}
+  with pytest.raises(ValueError, match=r"\['norm'\]\['mean'\] as they are"):
+    reestimate_batch_stats(lambda stats, x: stats, stats, [X])
+  with pytest.raises(ValueError, match='`batches` is empty'):
+    reestimate_batch_stats(lambda stats, x: stats, stats, [])
+  with pytest.raises(ValueError, match='no leaf called "mean" or "var"'):
+    reestimate_batch_stats(lambda stats, x: stats, {'norm': jnp.zeros(2)}, [X])

@@ -16,6 +16,7 @@ from msam_optax import adaptive
 from msam_optax import asam
 from msam_optax import euclidean
 from msam_optax import flax_nnx
+from msam_optax import momentum_sam
 from msam_optax import msam
 from tests import by_hand
 from tests import methods
@@ -767,3 +768,42 @@ def test_a_healthy_step_holds_no_nan_and_no_infinity(interface, jit):
   with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit(not jit):
     step(model, optimizer)
   chex.assert_trees_all_close(arrays(model, nnx.Param), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_reestimated_statistics_are_means_over_batches():
+  """Of the layer's inputs at the clean parameters; the model that is trained stays."""
+  model = make()
+  optimizer = nnx.Optimizer(
+    model, momentum_sam(optax.sgd(0.1, momentum=0.9), rho=0.5), wrt=nnx.Param
+  )
+  optimizer.update(model, nnx.grad(loss_fn)(model, X, Y))
+  before = arrays(model)
+  evaluated = flax_nnx.eval_model(optimizer, model)
+  batches = [X[:6], X[6:11] - 3.0, X[11:]]
+  other = arrays(evaluated, nnx.Not(nnx.BatchStat))
+  flax_nnx.reestimate_batch_stats(evaluated, batches)
+  chex.assert_trees_all_equal(arrays(model), before)
+  chex.assert_trees_all_equal(arrays(evaluated, nnx.Not(nnx.BatchStat)), other)
+
+  distance = nnx.state(model, nnx.Param), nnx.state(evaluated, nnx.Param)
+  distance = jax.tree.map(jnp.subtract, *distance)
+  np.testing.assert_allclose(optax.tree.norm(distance), 0.5, rtol=1e-5)
+  layer = evaluated.hidden
+  inputs = [np.asarray(x @ layer.kernel[...] + layer.bias[...]) for x in batches]
+  expected = (
+    np.mean([h.mean(0) for h in inputs], 0),
+    np.mean([h.var(0) for h in inputs], 0),
+  )
+  got = evaluated.norm.mean[...], evaluated.norm.var[...]
+  chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_models_that_cannot_be_evaluated_are_refused():
+  model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r'no nnx\.BatchNorm'):
+    flax_nnx.reestimate_batch_stats(model, [X])
+  with pytest.raises(ValueError, match='`batches` is empty'):
+    flax_nnx.reestimate_batch_stats(make(), [])
+  optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+  with pytest.raises(ValueError, match='no state of `lagged`'):
+    flax_nnx.eval_model(optimizer, model)

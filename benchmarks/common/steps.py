@@ -89,6 +89,11 @@ def drop_in_compile_once(loss) -> Step:
   )
 
 
+def one_gradient(loss, tx) -> Step:
+  """An optimizer that needs no other gradient than the one at its parameters."""
+  return step(tx, jax.value_and_grad(loss))
+
+
 HAND = 'two gradients, by hand'
 OPAQUE = 'contrib.sam, opaque'
 CHAIN = 'chain(msam, adam)'

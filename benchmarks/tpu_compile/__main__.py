@@ -55,7 +55,7 @@ class Cell(NamedTuple):
   Attributes:
     topology: a slice of TPUs, one of ``TOPOLOGIES``.
     layout: how parameters are sharded on it.
-    method: a key of ``METHODS``.
+    method: a key of ``METHODS`` or ``ONE_GRADIENT``.
     remedy: a key of ``REMEDIES``, ``NOT_DONATED``, or nothing.
   """
 

@@ -74,6 +74,15 @@ METHODS: dict[str, Callable[..., cost_steps.Step]] = {
   OWN: own_ascent,
   OWN_ONCE: lambda f, mesh: own_ascent(f, mesh, compile_once=True),
 }
+# One gradient per step.
+ONE_GRADIENT: dict[str, Callable[..., cost_steps.Step]] = {
+  'momentum_sam(adam)': lambda f, mesh: cost_steps.one_gradient(
+    f, msam_optax.momentum_sam(optax.adam(cost_steps.RATE))
+  ),
+  'lagged(adam)': lambda f, mesh: cost_steps.one_gradient(
+    f, msam_optax.lagged(optax.adam(cost_steps.RATE))
+  ),
+}
 # A probe of one's own needs all parameters on the chip, or in its group.
 OWN_ASCENTS = (OWN, OWN_ONCE)
 
@@ -133,7 +142,7 @@ def make_step(
   """A method's step with all arrays laid out on a mesh.
 
   Args:
-    method: a key of ``METHODS``.
+    method: a key of ``METHODS`` or ``ONE_GRADIENT``.
     layout: ``DATA_PARALLEL``, ``FULLY_SHARDED``, or ``GROUPED``: the parameters over
       the chips of a group, the same in each. The batch is sharded over all chips.
     mesh: of the axis ``AXIS``, for groups of ``GROUPS`` and ``AXIS``; of described, not
@@ -147,7 +156,7 @@ def make_step(
   """
   model = abstract(sizes)
   loss = REMEDIES[remedy](model, mesh) if remedy else make_loss(model)
-  step = METHODS[method](loss, mesh)
+  step = (METHODS | ONE_GRADIENT)[method](loss, mesh)
   carry = (model.params, jax.eval_shape(step.tx.init, model.params))
   spread = layout != DATA_PARALLEL
   carry = jax.tree.map(lambda x: _place(x, _sharding(mesh, x, spread)), carry)

@@ -24,6 +24,7 @@ from benchmarks.tpu_compile.steps import DATA_PARALLEL
 from benchmarks.tpu_compile.steps import FULLY_SHARDED
 from benchmarks.tpu_compile.steps import GROUPED
 from benchmarks.tpu_compile.steps import ONCE
+from benchmarks.tpu_compile.steps import ONE_GRADIENT
 from benchmarks.tpu_compile.steps import OWN
 from benchmarks.tpu_compile.steps import OWN_ONCE
 
@@ -61,6 +62,22 @@ def test_fully_sharded_and_compiled_once_is_twice_a_plain_step():
     - 2 * adam['messages'].get('scalar', {'count': 0})['count']
   )
   assert 0 < extra <= 10
+
+
+@pytest.mark.parametrize('method', ONE_GRADIENT)
+def test_fully_sharded_with_one_gradient_is_a_plain_step(method):
+  """As many products and sums, and but for some scalars no message more."""
+  adam, ours = (weigh('v5e:4x4', FULLY_SHARDED, m) for m in ('adam', method))
+  assert ours['temporaries'] <= 1.1 * adam['temporaries']
+  assert ours['flops'] == adam['flops']
+  for kinds in (
+    ('all-gather', 'all-to-all', 'collective-permute'),
+    ('all-reduce', 'reduce-scatter'),
+  ):
+    # A scalar may be sent along with an array.
+    assert abs(sent(ours, *kinds) - sent(adam, *kinds)) <= 16
+  extra = ours['messages']['scalar']['count'] - adam['messages']['scalar']['count']
+  assert 0 < extra <= 5
 
 
 def test_data_parallel_gradients_are_summed_once_or_twice():
