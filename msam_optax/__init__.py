@@ -8,6 +8,7 @@ from msam_optax.combinations import curvature
 from msam_optax.combinations import probe_gradient
 from msam_optax.combinations import surrogate_gap
 from msam_optax.combinations import weighted
+from msam_optax.geodesics import geodesic
 from msam_optax.gradients import value_and_grad
 from msam_optax.methods import asam
 from msam_optax.methods import cr_sam
@@ -57,6 +58,7 @@ __all__ = (
   'diagonal_fisher',
   'euclidean',
   'fisher_sam',
+  'geodesic',
   'gsam',
   'max_norm',
   'monge',

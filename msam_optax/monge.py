@@ -35,7 +35,7 @@ from msam_optax import metrics
 
 
 class MongeState(NamedTuple):
-  """State of :func:`monge` or :func:`capped` where their number is a schedule.
+  """State of :func:`monge` and what is built on it where their number is a schedule.
 
   Attributes:
     count: int32 scalar, the steps so far.

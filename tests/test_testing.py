@@ -82,6 +82,8 @@ METRICS = {
     lambda g, w: np.eye(len(g)) * max(1, np.linalg.norm(g) / 0.3) ** 2,
     {},
   ),
+  # The loss is linear here, and its surface flat.
+  'geodesic': (msam_optax.geodesic(2, 1.5), of_monge(1.5, identity), {}),
   'monge over adaptive': (
     msam_optax.monge(1.5, ADAPTIVE),
     of_monge(1.5, of_adaptive),
