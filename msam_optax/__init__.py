@@ -3,6 +3,7 @@
 from importlib import metadata
 
 from msam_optax._masks import by_name
+from msam_optax.charts import pullback
 from msam_optax.combinations import Combination
 from msam_optax.combinations import curvature
 from msam_optax.combinations import probe_gradient
@@ -66,6 +67,7 @@ __all__ = (
   'normalize_by',
   'perturb',
   'probe_gradient',
+  'pullback',
   'sam',
   'sharpness_aware',
   'spectral',

@@ -19,6 +19,8 @@ lies in the tangent plane, ``(u + u′)/2 = α⟨g, (v + v′)/2⟩``: the heigh
 up is α times the rise of the loss that these gradients see.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +28,10 @@ import numpy as np
 from msam_optax import _hyperparameters
 from msam_optax import _numerics
 from msam_optax import metrics
-from msam_optax import monge
 from msam_optax import perturbation
 from msam_optax import spaces
+from msam_optax.monge import monge
+from msam_optax.monge import MongeState
 
 
 def geodesic(
@@ -94,14 +97,21 @@ def geodesic(
     <https://arxiv.org/abs/2202.00755>`_, 2022 (the equation of the geodesic)
   """
   _check_steps(steps)
-  tangent = monge.monge(alpha)
+  tangent = monge(alpha)
 
   def ascend(
-    grads, state, params, *, space=spaces.LOCAL, rho=None, grad_fn=None, **extra_args
+    grads,
+    state,
+    params,
+    *,
+    space=spaces.LOCAL,
+    rho: Any = None,
+    grad_fn: Any = None,
+    **extra_args,
   ):
     del extra_args
     _check_given(params=params, rho=rho, grad_fn=grad_fn)
-    count = state.count if isinstance(state, monge.MongeState) else None
+    count = state.count if isinstance(state, MongeState) else None
     start, state = tangent.ascend(grads, state, params, space=space)
     alpha_now = _numerics.widen(
       _hyperparameters.value_at('alpha', alpha, count), like=start.slope
