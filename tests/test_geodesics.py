@@ -1,7 +1,5 @@
 """The geodesic probe, against SciPy's integrator and the bound on the rise."""
 
-import functools
-
 import chex
 from flax import nnx
 import hypothesis
@@ -40,7 +38,7 @@ def random_waves(seed, dimensions=4, terms=6):
   rng = np.random.default_rng(seed)
   A, a, c = rng.normal(size=(terms, dimensions)), *rng.normal(size=(2, terms))
   curvature = np.linalg.norm(A.T * np.abs(a) @ A, 2)
-  return functools.partial(waves, A, a, c), rng.normal(size=dimensions), curvature
+  return jax.tree_util.Partial(waves, A, a, c), rng.normal(size=dimensions), curvature
 
 
 TOYS = {
@@ -116,12 +114,11 @@ def test_rise_of_the_product(x64):
 )
 def test_rise_is_bounded(seed, rho, alpha, steps):
   """By ``ρ/α``, and ``Lρ²/(4 steps)`` for what the gradients do not see of the loss."""
-  with jax.enable_x64(True):
-    loss, w, curvature = random_waves(seed)
-    at_probe = probe(geodesic(steps, alpha), loss, w, rho)
-    bound = rho / alpha + curvature * rho**2 / (4 * steps)
-    assert loss(at_probe) - loss(w) <= bound * (1 + 1e-9)
-    assert np.linalg.norm(at_probe - w) <= rho * (1 + 1e-9)
+  loss, w, curvature = jax.tree.map(np.float32, random_waves(seed))
+  at_probe = probe(geodesic(steps, alpha), loss, w, rho)
+  bound = rho / alpha + curvature * rho**2 / (4 * steps)
+  assert loss(at_probe) - loss(w) <= bound + 1e-5
+  assert np.linalg.norm(at_probe - w) <= rho * (1 + 1e-5)
 
 
 def test_straight_probe_breaks_the_bound_and_the_geodesic_keeps_it(x64):
