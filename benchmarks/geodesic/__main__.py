@@ -3,11 +3,13 @@
 Run `python -m benchmarks.geodesic`. On two landscapes of the paper, `(1 − w₁w₂)²` and
 `5 sin(r)/r`, with α = 1: the straight probe of Monge SAM, the geodesic in one and in
 two steps, and the curve itself by SciPy. The rise to the end of the curve is at most
-`ρ/α`. Everything is computed in float64.
+`ρ/α`. That is computed in float64. Then a small net is trained with each of them: see
+`training`.
 """
 
 from collections.abc import Callable
 from pathlib import Path
+import time
 from typing import Any
 from typing import NamedTuple
 
@@ -22,7 +24,9 @@ from benchmarks.common.command import make_parser
 from benchmarks.common.command import publish
 from benchmarks.common.environment import describe
 from benchmarks.common.tables import Table
+from benchmarks.demo.training import Settings
 from benchmarks.figures import landscapes
+from benchmarks.geodesic import training
 from msam_optax import geodesic
 from msam_optax import landscape
 from msam_optax import LOCAL
@@ -210,15 +214,30 @@ def main(argv: list[str] | None = None) -> None:
   parser = make_parser('geodesic', __doc__)
   parser.add_argument('--quick', action='store_true', help='coarse, to see it run')
   args = parser.parse_args(argv)
-  jax.config.update('jax_enable_x64', True)
   args.out.mkdir(parents=True, exist_ok=True)
-  count = 6 if args.quick else 60
+  stem = args.out / 'geodesic'
+  settings, methods = Settings(), training.METHODS
+  radii, seeds, count = training.RHOS, training.SEEDS, 60
+  if args.quick:
+    settings = settings._replace(train=100, validation=50, epochs=2, width=4)
+    methods, radii, seeds, count = methods[:2], (0.5,), (0, 1), 6
+  jax.config.update('jax_enable_x64', True)
   rhos = np.linspace(0, 3, count + 1)[1:]
   scenes = [measure(scene, rhos) for scene in SCENES]
-  stem = args.out / 'geodesic'
   draw(scenes, stem.with_suffix('.png'))
-  results = {'environment': describe(), 'alpha': ALPHA, 'scenes': scenes}
-  publish(stem, results, [table(scene) for scene in scenes])
+  jax.config.update('jax_enable_x64', False)
+  began = time.perf_counter()
+  rows = training.experiment(settings, methods, radii, seeds)
+  results = {
+    'environment': describe(),
+    'alpha': ALPHA,
+    'scenes': scenes,
+    'settings': {**settings._asdict(), 'seeds': seeds},
+    'rows': rows,
+    'seconds': time.perf_counter() - began,
+  }
+  document = [*(table(scene) for scene in scenes), *training.report(rows)]
+  publish(stem, results, document)
 
 
 if __name__ == '__main__':
