@@ -64,7 +64,9 @@ def pullback(
   Args:
     chart: ``φ``, a differentiable function of the parameters that returns an array, or
       a pytree of arrays, real floating point. It is called with the perturbed leaves,
-      in float32 or wider; those that ``mask`` leaves out are ``optax.MaskedNode``.
+      in float32 or wider; those that ``mask`` leaves out are ``optax.MaskedNode``. If
+      it sums over a mapped axis, all devices along it must climb the same gradient
+      (``sync_ascent=True``), or they wait for each other for ever.
     alpha: ``α``, scalar >= 0: a number, an array or an Optax schedule. A schedule
       is counted in calls and makes the metric one with state.
     ridge: scalar >= 0, a number or an array, in units of ``JᵀJ``.

@@ -26,7 +26,8 @@ RHOS = (0.5, 0.8, 1.25, 2.0, 3.2)
 SEEDS = (0, 1, 2, 3, 4)
 NOTE = (
   'Test accuracy in %, mean ± standard deviation over the seeds, and in brackets the'
-  ' mean rise ℓ(w+δ) − ℓ(w) over all steps of training; it may be ρ/α, α = 1.'
+  ' mean rise ℓ(w+δ) − ℓ(w) over all steps of training, bounded by ρ/α, α = 1.'
+  ' The second column is relative to the first line.'
 )
 
 
@@ -99,5 +100,5 @@ def report(rows: list[dict[str, Any]]) -> Document:
     for method in METHODS
     if any(row['method'] == method.name for row in rows)
   ]
-  head = ['probe', 'gradients', *(f'ρ = {rho:g}' for rho in rhos)]
+  head = ['probe', 'gradients in all', *(f'ρ = {rho:g}' for rho in rhos)]
   return [Table('Training on the digits of the demo', head, lines), NOTE]
