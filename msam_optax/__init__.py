@@ -7,12 +7,14 @@ from msam_optax.averages import AverageState
 from msam_optax.averages import monge_average
 from msam_optax.averages import residual
 from msam_optax.averages import smoothed
+from msam_optax.charts import pullback
 from msam_optax.combinations import Combination
 from msam_optax.combinations import curvature
 from msam_optax.combinations import probe_gradient
 from msam_optax.combinations import rescaled
 from msam_optax.combinations import surrogate_gap
 from msam_optax.combinations import weighted
+from msam_optax.geodesics import geodesic
 from msam_optax.gradients import value_and_grad
 from msam_optax.low_rank import fisher_alpha
 from msam_optax.low_rank import low_rank_monge
@@ -100,6 +102,7 @@ __all__ = (
   'fisher_alpha',
   'fisher_sam',
   'friendly_sam',
+  'geodesic',
   'gsam',
   'lagged',
   'look_sam',
@@ -115,6 +118,7 @@ __all__ = (
   'perturb',
   'preconditioned',
   'probe_gradient',
+  'pullback',
   'rescaled',
   'residual',
   'reused',

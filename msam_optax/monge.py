@@ -36,7 +36,7 @@ from msam_optax import metrics
 
 
 class MongeState(NamedTuple):
-  """State of the metrics in this file where their number is a schedule.
+  """State of :func:`monge` and what is built on it where their number is a schedule.
 
   Attributes:
     count: int32 scalar, the steps so far.

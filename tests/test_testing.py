@@ -132,6 +132,13 @@ METRICS = {
     lambda g, w: np.diag(np.sqrt(0.1 * g**2 + 1e-4)),
     {'magnitudes': (1e-15, 1e15)},  # Of larger numbers the squares overflow.
   ),
+  # The loss is linear here, and its surface flat.
+  'geodesic': (msam_optax.geodesic(2, 1.5), of_monge(1.5, identity), {}),
+  'pullback': (
+    msam_optax.pullback(lambda p: jax.tree.map(jnp.sinh, p), 1.5, 0.1),
+    of_monge(1.5, lambda g, w: np.diag(np.cosh(w) ** 2 + 0.1)),
+    {},
+  ),
   'monge over adaptive': (
     msam_optax.monge(1.5, ADAPTIVE),
     of_monge(1.5, of_adaptive),
