@@ -1,11 +1,12 @@
 """Which method, and is it worth its price? Every method on two tasks, tuned alike.
 
-Run `python -m benchmarks.frontier`. A net of two layers learns pictures of which a fifth
-are mislabelled: handwritten digits, and clothes. Every method has the same optimizer and
-one number to tune, on its own grid, which is extended until the best is not at its end
-and both ends are more than a point of accuracy worse. The number is chosen on validation
-data. All are compared at equal steps, and at equal gradient evaluations: there a method
-with one gradient a step takes twice the steps of one with two.
+Run `python -m benchmarks.frontier`. A net of two layers learns pictures of which a
+fifth are mislabelled: handwritten digits, and clothes. Every method has the same
+optimizer and one number to tune, on its own grid, which is extended until the best is
+not at its end, and both ends are more than a point of accuracy worse. The number is
+chosen on validation data. All are compared at equal steps, and at equal gradient
+evaluations: there a method with one gradient a step takes twice the steps of one with
+two.
 
 Every finished part of a grid is stored at once: after a kill the same command goes on
 from there.
@@ -34,7 +35,7 @@ from benchmarks.frontier.methods import METHODS
 
 SEEDS = tuple(range(6))
 BLOCK = 4  # Values of a number that are trained at once.
-MOST = 3  # Blocks that a grid is extended by, to each side.
+BELOW, ABOVE = 1, 3  # Blocks that a grid is extended by, to each side, at most.
 BUDGETS = (report.STEPS, report.EVALUATIONS)
 CARRIED = ('SAM', 'Monge SAM', 'Monge SAM, rise τ')
 WIDTHS = (32, 128, 512)
@@ -162,15 +163,13 @@ def tune(
   ]
   if not entry.knob:
     return found
-  for _ in range(MOST):
+  for side in range(max(BELOW, ABOVE)):
     below, above = report.is_closed(found)
     low, high = found[0]['knob'], found[-1]['knob']
-    if not below:
+    if not below and side < BELOW:
       found = [*run(_next(low, 1 / 2)[::-1]), *found]
-    if not above and high < entry.largest:
+    if not above and side < ABOVE and high < entry.largest:
       found = [*found, *run(_next(high, 2))]
-    if below and (above or high >= entry.largest):
-      break
   return found
 
 

@@ -1,4 +1,4 @@
-"""The picture of the frontier: quality against cost, and how hard a method is to tune."""
+"""The picture of the frontier: quality, cost, and how hard a method is to tune."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -37,14 +37,19 @@ class Entry(NamedTuple):
   clean: Callable[[Any, Any], Any] = lambda state, params: params
 
 
-def adam(learning_rate: float, steps: Any) -> optax.GradientTransformation:
-  """The optimizer of all: its learning rate goes to zero in so many steps."""
+def cosine(learning_rate: float, steps: Any) -> Callable[[Any], Any]:
+  """A learning rate that goes to zero in so many steps, and stays there."""
 
-  def cosine(count):
+  def schedule(count):
     done = jnp.minimum(count / steps, 1.0)
     return learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
 
-  return optax.adam(cosine)
+  return schedule
+
+
+def adam(learning_rate: float, steps: Any) -> optax.GradientTransformation:
+  """The optimizer of all."""
+  return optax.adam(cosine(learning_rate, steps))
 
 
 def before(method: Callable[..., Any], **numbers: Any) -> Callable[..., Any]:
@@ -69,6 +74,23 @@ def some_steps(when: Callable[[Any, int], Any]) -> Callable[..., Any]:
   return make
 
 
+def around(method: Callable[..., Any], **numbers: Any) -> Callable[..., Any]:
+  """A method with one gradient a step, which wraps the optimizer."""
+  return lambda rho, lr, steps: method(adam(lr, steps), rho=rho, **numbers)
+
+
+def decoupled(rho, lr, steps):
+  """WSAM beside the optimizer."""
+  return msam_optax.decoupled_wsam(adam(lr, steps), cosine(lr, steps), rho)
+
+
+def steep(rho, lr, steps):
+  """AE-SAM's policy, with a probe in about every other step."""
+  combination = msam_optax.when_steep(threshold=0.0, decay=0.9)
+  method = msam_optax.sharpness_aware(msam_optax.euclidean(), rho, combination)
+  return optax.chain(method, adam(lr, steps))
+
+
 def stopped(share, lr, steps):
   """Adam alone, whose learning rate is zero after a share of the steps."""
   return adam(lr, share * steps)
@@ -79,6 +101,7 @@ def rise(tau, lr, steps):
   return optax.chain(msam_optax.msam(math.inf, max_rise=tau), adam(lr, steps))
 
 
+clean = msam_optax.eval_params
 METHODS: dict[str, Entry] = {
   'Adam': Entry(1, lambda knob, lr, steps: adam(lr, steps), '', (0.0,)),
   'Adam, stopped early': Entry(1, stopped, 'share of steps', SHARES, 1.0),
@@ -89,6 +112,7 @@ METHODS: dict[str, Entry] = {
   'Fisher SAM': Entry(2, before(msam_optax.fisher_sam)),
   'GSAM': Entry(2, before(msam_optax.gsam)),
   'WSAM': Entry(2, before(msam_optax.wsam)),
+  'WSAM, decoupled': Entry(2, decoupled),
   'GNP': Entry(
     2,
     before(
@@ -104,6 +128,8 @@ METHODS: dict[str, Entry] = {
   'Sparse SAM': Entry(2, before(msam_optax.sparse_sam)),
   'Monge of the mean': Entry(2, metric(msam_optax.monge_average)),
   'Monge of 4 gradients': Entry(2, metric(msam_optax.low_rank_monge, rank=4)),
+  'geodesic, 2 steps': Entry(4, metric(msam_optax.geodesic)),
+  'where steep': Entry(1.5, steep),
   'LookSAM': Entry(1.2, before(msam_optax.look_sam)),
   'LookSAM over Monge': Entry(
     1.2, before(msam_optax.look_sam, metric=msam_optax.monge())
@@ -111,4 +137,9 @@ METHODS: dict[str, Entry] = {
   'every 5th step': Entry(1.2, some_steps(lambda step, steps: step % 5 == 0)),
   'last eighth': Entry(1.125, some_steps(lambda step, steps: step >= 7 * steps // 8)),
   'ascent on a fifth': Entry(1.2, before(msam_optax.msam), parts=5),
+  'Momentum-SAM': Entry(1, around(msam_optax.momentum_sam), clean=clean),
+  'lagged SAM': Entry(
+    1, around(msam_optax.lagged, metric=msam_optax.euclidean()), clean=clean
+  ),
+  'lagged Monge': Entry(1, around(msam_optax.lagged), clean=clean),
 }

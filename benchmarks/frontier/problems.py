@@ -35,7 +35,7 @@ class Task(NamedTuple):
 
 
 def digits(seed: int) -> tuple[Any, Any, Any]:
-  """500 handwritten digits of scikit-learn to learn from, 300 to choose, 997 to test."""
+  """500 of scikit-learn's digits to learn from, 300 to choose by, 997 to test."""
   parts = split_digits(seed, train=500, validation=300, wrong=WRONG)
   flat = lambda part: (part[0].reshape(len(part[0]), -1), part[1])
   return flat(parts.train), flat(parts.validation), flat(parts.test)

@@ -1,7 +1,8 @@
-"""What the runs come to: the best of each method, how hard it is to tune, the tables."""
+"""What the runs come to: the best of each method, its useful range, the tables."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import itertools
 import math
 import statistics
 from typing import Any
@@ -30,8 +31,8 @@ NOTE = (
   ' the best mean validation accuracy, on a grid that goes on until the best is not at'
   ' its end. range: the factor over which the mean validation accuracy stays within one'
   ' point of its best; > where it does so up to the end of the grid. test: mean ±'
-  ' standard deviation over the seeds. Differences are in points, paired by seed, ± their'
-  ' standard error; a star marks those above two standard errors.'
+  ' standard deviation over the seeds. Differences are in points, paired by seed, ±'
+  ' their standard error; a star marks those above two standard errors.'
 )
 
 
@@ -62,7 +63,7 @@ def useful_range(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
   level, top = means.max() - POINT, int(means.argmax())
 
   def end(indices, outside):
-    for inner, outer in zip(indices, indices[1:], strict=False):
+    for inner, outer in itertools.pairwise(indices):
       if means[outer] < level:
         share = (means[inner] - level) / (means[inner] - means[outer])
         return math.exp(knobs[inner] + share * (knobs[outer] - knobs[inner]))

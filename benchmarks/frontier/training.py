@@ -1,4 +1,4 @@
-"""Training at several radii and seeds at once: one program for all of a method's runs."""
+"""Training at several radii and seeds at once, in one program."""
 
 from collections.abc import Sequence
 import functools
