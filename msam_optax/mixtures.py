@@ -278,6 +278,7 @@ def look_sam(
   return transformation.sharpness_aware(metric, rho, combination, **options)
 
 
+@_options.method
 def decoupled_wsam(
   base_optimizer: optax.GradientTransformation,
   learning_rate: Any,
