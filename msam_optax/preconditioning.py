@@ -28,8 +28,8 @@ def preconditioned(transformation: optax.GradientTransformation) -> metrics.Metr
   training, the same ``ρ`` is a longer step.
 
   With replicas (``axis_name``) the transformation gets the mean gradient, and all go
-  the same way. A gradient that is not finite leaves its state as it was, and so does one
-  that would make the state so, as a square may.
+  the same way. A gradient that is not finite leaves its state as it was, and so does
+  one that would make the state so, as a square may.
 
   Args:
     transformation: any :class:`optax.GradientTransformation`. It sees the leaves that
