@@ -326,8 +326,10 @@ def ascend_with(
 
   d, s = under_base(jax.tree.map(_numerics.widen, grads))
   d_rows, s_rows = jax.vmap(under_base)(rows)
-  # Gradients of length one are dual to directions of length one.
-  g_dual = jax.tree.map(lambda g: _numerics.widen(g) * _inverse(s, like=g), grads)
+  # Gradients of length one are dual to directions of length one; none if not finite.
+  g_dual = jax.tree.map(
+    lambda g: jnp.where(s > 0, _numerics.widen(g) * _inverse(s, like=g), 0.0), grads
+  )
   to_dual, steepest = _inverse(s_rows), jnp.max(s_rows)
 
   def along(x):
@@ -490,5 +492,7 @@ def _noise(key, params, param_specs):
   ):
     for axis in axes:
       key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    drawn.append(jax.random.normal(key, jnp.shape(w), _numerics.wide_dtype(w)))
+    noise = jax.random.normal(key, jnp.shape(w), _numerics.wide_dtype(w))
+    sharding = _devices.explicit_sharding(w)
+    drawn.append(noise if sharding is None else jax.sharding.reshard(noise, sharding))
   return structure.unflatten(drawn)
