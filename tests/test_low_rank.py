@@ -127,6 +127,24 @@ def test_float32_at_any_magnitude(kind, size):
   np.testing.assert_allclose(slope / np.float32(size), s, rtol=1e-4)
 
 
+def test_a_gradient_that_is_nearly_along_the_others():
+  """Rounding leaves a part of it along them, which a long metric counts 10⁴ times."""
+  alpha, m = 1e4, ROWS.ravel() / np.linalg.norm(ROWS)
+  noise = RNG.normal(size=(3, m.size))
+  rows = np.stack([m, m + 0.01 * noise[0], m + 0.01 * noise[1]]).astype(np.float32)
+  g = (rows.mean(axis=0) + 0.001 * noise[2]).astype(np.float32)
+
+  direction, slope = ascend(low_rank_monge(alpha=alpha), g, g, gradients=rows)
+
+  # By a root of the matrix, which is better conditioned.
+  root = np.vstack([np.eye(m.size), alpha / np.sqrt(3) * rows])
+  u, *_ = np.linalg.lstsq(root, np.append(g, np.zeros(3)), rcond=None)
+  s = np.sqrt(g @ u)
+  error = np.asarray(direction, np.float64) - u / s
+  assert np.linalg.norm(root @ error) < 2e-3
+  np.testing.assert_allclose(slope, s, rtol=1e-5)
+
+
 def test_gradients_that_are_the_same_or_zero():
   rows = np.stack([ROWS[0], ROWS[0], 0 * ROWS[0]]).astype(np.float32)
   ascent = ascend(low_rank_monge(alpha=2.0), rows[0], np.float32(W), gradients=rows)
