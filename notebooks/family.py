@@ -215,7 +215,7 @@ for i, name in enumerate(names):
   ax.barh(i, 100 * accuracy, color='#1b6ca8' if name in MIXED else '#adb5bd')
   ax.text(100 * accuracy, i, f'  {gradients:.1f} gradients a step', va='center')
 ax.set_yticks(range(len(names)), names)
-ax.set_xlim(100 * min(a for a, _ in results.values()) - 3, 116)
+ax.set_xlim(100 * min(a for a, _ in results.values()) - 3, 104)
 ax.set_xlabel('test accuracy, %: one seed, radii that nobody has tuned')
 ax.set_title('Two spirals, a tenth of the labels wrong', loc='left')
 plt.show()
