@@ -3,7 +3,8 @@
 Run `python -m benchmarks.bad_minimum`. A small residual net is first driven to a bad
 minimum: it fits rightly labelled pictures of clothes, all of them, and as many other
 pictures with wrong labels. From there it is fine-tuned on the right ones, at a small
-learning rate, with SGD, SAM and Monge SAM. Controls: SAM with the mean radius that
+learning rate, with SGD, SAM and Monge SAM, and with Monge SAM whose α begins at 0, so
+that it first reaches as far as SAM. Controls: SAM with the mean radius that
 Monge SAM has really had, and LE-SAM, whose radius is Monge SAM's with a hard edge.
 
 Every finished run is stored at once: after a kill the same command goes on from there.
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
   settings = SETTINGS[name]
   told = {'environment': describe(), 'setting': name, 'settings': settings._asdict()}
   folder = runs_folder(args.runs or args.out / 'bad_minimum_runs', name, settings)
-  with progress(len(settings.seeds) * (3 + 4 * len(settings.rhos))) as tell:
+  with progress(len(settings.seeds) * (3 + 5 * len(settings.rhos))) as tell:
     results = {**told, **experiment(settings, folder, tell)}
   stem = args.out / ('bad_minimum_full' if args.full else 'bad_minimum')
   draw(results, stem.with_suffix('.png'))
@@ -77,7 +78,8 @@ def experiment(
     ``best`` rho of each method. Starts and runs have ``seconds`` by the clock and
     ``cpu_seconds`` of all threads, compiling included.
   """
-  txs = methods.optimizers(settings.learning_rate, settings.alpha)
+  steps = settings.epochs * (settings.train // settings.batch)
+  txs = methods.optimizers(settings.learning_rate, settings.alpha, steps)
   parts = {
     seed: split_fashion(seed, train=settings.train, wrong=settings.wrong)
     for seed in settings.seeds
@@ -114,7 +116,7 @@ def experiment(
 
   starts = [make_start(seed, True) for seed in settings.seeds]
   fresh = [make_start(seed, False) for seed in settings.seeds]
-  two_pass = (grid.SAM, grid.MONGE, methods.LE_SAM)
+  two_pass = (grid.SAM, grid.MONGE, methods.LE_SAM, methods.ANNEALED)
   rows = fill(grid.cells(methods.SGD, two_pass, settings.rhos))
   rows += fill(grid.matched(rows))
   best = grid.best_rhos(rows)

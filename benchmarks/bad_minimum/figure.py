@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.bad_minimum.methods import ANNEALED
 from benchmarks.bad_minimum.methods import LE_SAM
 from benchmarks.bad_minimum.methods import SGD
 from benchmarks.common import style
@@ -16,10 +17,11 @@ from benchmarks.common.grid import MONGE
 from benchmarks.common.grid import paired
 from benchmarks.common.grid import SAM
 
-COLOURS = {SGD: style.COLOURS['Adam'], **style.COLOURS}
+COLOURS = {SGD: style.COLOURS['Adam'], ANNEALED: '#1b9e77', **style.COLOURS}
 LE_LOOK = {'marker': 'D', 'label': 'LE-SAM (hard radius)', **style.CONTROL}
-LOOKS = {LE_SAM: LE_LOOK, **style.LOOKS}
-ORDER = (SAM, MONGE, LE_SAM, MATCHED)
+ANNEALED_LOOK = {'marker': 'v', 'label': 'Monge SAM, α from 0'}
+LOOKS = {LE_SAM: LE_LOOK, ANNEALED: ANNEALED_LOOK, **style.LOOKS}
+ORDER = (SAM, MONGE, ANNEALED, LE_SAM, MATCHED)
 PANELS = (
   ('test', 'test accuracy, %', 100),
   ('train', 'training accuracy, %', 100),

@@ -5,6 +5,7 @@
     Monge SAM     ρ/√(1 + α²n²) = (1/ρ² + n²/σ²)^(-1/2)       n = ‖g‖,  σ = ρ/α
     LE-SAM        min(ρ, σ/n)
     SAM, matched  the mean over a run of Monge SAM
+    α from 0      Monge SAM, whose α goes from 0 to its value in the first half
 
 Monge SAM and LE-SAM both promise that the first-order rise of the loss, radius times
 n, is at most σ: the one bends towards it, the other is cut off.
@@ -23,7 +24,7 @@ from msam_optax import msam
 from msam_optax import sam
 from msam_optax import sharpness_aware
 
-SGD, LE_SAM = 'SGD', 'LE-SAM'
+SGD, LE_SAM, ANNEALED = 'SGD', 'LE-SAM', 'Monge SAM, α from 0'
 
 
 def le_sam(rho: float | jax.Array, alpha: float | jax.Array = 1.0):
@@ -45,15 +46,17 @@ def le_sam(rho: float | jax.Array, alpha: float | jax.Array = 1.0):
 # Made once: steps are compiled for the very functions that a transformation holds.
 @functools.cache
 def optimizers(
-  learning_rate: float, alpha: float
+  learning_rate: float, alpha: float, steps: int
 ) -> dict[str, optax.GradientTransformation]:
   """The transformation of each method; ``rho`` is in its state, set run by run."""
+  rising = optax.linear_schedule(0.0, alpha, steps // 2)
   sgd = optax.sgd(learning_rate)
   inject = optax.inject_hyperparams
   two_pass = {
     SAM: inject(sam)(rho=0.0),
     MONGE: inject(msam)(rho=0.0, alpha=alpha),
     LE_SAM: inject(le_sam)(rho=0.0, alpha=alpha),
+    ANNEALED: inject(msam)(rho=0.0, alpha=rising),
   }
   methods = {name: optax.chain(tx, sgd) for name, tx in two_pass.items()}
   return {SGD: sgd, **methods, MATCHED: methods[SAM]}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.bad_minimum.methods import ANNEALED
 from benchmarks.bad_minimum.methods import LE_SAM
 from benchmarks.bad_minimum.methods import SGD
 from benchmarks.common import grid
@@ -24,6 +25,8 @@ PAIRS = (
   (grid.SAM, grid.MONGE),
   (grid.MONGE, LE_SAM),
   (grid.MONGE, grid.MATCHED),
+  (ANNEALED, grid.MONGE),
+  (ANNEALED, grid.SAM),
 )
 NOTE = (
   'Accuracies in per cent, mean ± standard error over the seeds. train: on the rightly'
@@ -32,7 +35,8 @@ NOTE = (
   ' batch; radius (mean ‖δ‖) and √(1+α²n²) are means over all steps, n median and n'
   ' largest are over the steps of a run; all are means over the seeds. "SAM, matched"'
   ' is SAM with the mean radius that Monge SAM has had at this rho; LE-SAM has the'
-  ' radius min(ρ, ρ/(αn)). A star marks the rho with the best mean validation accuracy.'
+  ' radius min(ρ, ρ/(αn)); "α from 0" goes to its α in the first half. A star marks the'
+  ' rho with the best mean validation accuracy.'
 )
 
 
