@@ -108,6 +108,7 @@ METHODS: dict[str, Entry] = {
   'SAM': Entry(2, before(msam_optax.sam)),
   'Monge SAM': Entry(2, before(msam_optax.msam)),
   'Monge SAM, rise τ': Entry(2, rise, 'τ', RISES),
+  'Monge SAM, τ = 0.3': Entry(2, before(msam_optax.msam, max_rise=0.3)),
   'ASAM': Entry(2, before(msam_optax.asam)),
   'Fisher SAM': Entry(2, before(msam_optax.fisher_sam)),
   'GSAM': Entry(2, before(msam_optax.gsam)),
