@@ -4,6 +4,7 @@ from typing import Any
 from typing import Unpack
 
 import jax
+import jax.core
 import optax
 
 from msam_optax import _hyperparameters

@@ -43,6 +43,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from matplotlib import ticker
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -233,9 +234,9 @@ cells['SAM, matched'] = sweep(cells['Monge SAM']['radius'].mean((1, 2)), 0.0)
 def plain_numbers(*axes):
   """Ticks of a logarithmic axis at 1, 2, 5, 10 and so on."""
   for axis in axes:
-    axis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter('{x:g}')
-    axis.set_minor_locator(plt.NullLocator())
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 SHOWN = 4

@@ -35,7 +35,7 @@ def gradient(
   parts: int = 1,
   shards: int = 1,
   **options: Any,
-) -> tuple[np.ndarray, Any]:
+) -> tuple[np.floating, Any]:
   """The loss of a batch and its sharpness-aware gradient.
 
   Args:

@@ -439,7 +439,7 @@ def test_a_model_with_a_shape(once):
 LOSSES = {
   'a module': lambda: Weighted(),
   'jitted': lambda: nnx.jit(loss_fn),
-  'a jitted module': lambda: nnx.jit(lambda *args: Weighted()(*args)),
+  'a jitted module': lambda: nnx.jit(lambda model, x, y: Weighted()(model, x, y)),
   'partial': lambda: functools.partial(lambda f, *args: f(*args), loss_fn),
 }
 

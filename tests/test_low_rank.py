@@ -237,7 +237,7 @@ def test_memory_of_sharded_leaves_and_replicas():
   alone = sharpness_aware(metric, 0.1, axis_name='data')
 
   def steps(tx, w, x):
-    state = tx.init(w)
+    update, state = None, tx.init(w)
     for i in range(3):
       grad_fn = lambda w, i=i: jax.tree.map(lambda p: p * x[i % 2] + x[1 - i % 2], w)
       update, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)

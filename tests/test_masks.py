@@ -338,7 +338,7 @@ def test_the_state_that_is_kept_is_the_one_by_hand():
     state, params = carry
     grads = params | {'head': {'kernel': g}}
     probe, state = tx.update(grads, state, params, grad_fn=grad_fn)
-    return (state, params), probe['head']['kernel']
+    return (state, params), optax.tree.get(probe['head'], 'kernel')
 
   gs = np.random.default_rng(3).normal(size=(4, 2)).astype(np.float32)
   (state, _), probes = jax.lax.scan(step, (tx.init(NET), NET), gs)
@@ -359,7 +359,7 @@ def test_optax_maps_over_what_the_state_has_of_parameters():
   doubled = optax.tree.map_params(tx, lambda x: x + 2.0, state)
 
   chex.assert_trees_all_equal_shapes_and_dtypes(doubled, state)
-  ascent, trace = doubled
+  ascent, trace = doubled[0], doubled[1]
   np.testing.assert_array_equal(
     ascent.metric_state['mean']['head']['kernel'], [2.0, 2.0]
   )

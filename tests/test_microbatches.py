@@ -124,7 +124,7 @@ def test_micro_batches_that_cannot_be_sharded_as_the_batch_is_are_refused():
 def test_a_batch_that_is_sharded_stays_where_it_is(vectorize, sync):
   """Counted in the program: each device has its share of the products, and no more."""
   params, data, _ = place('data-parallel')
-  compiled = lambda f: jax.jit(f).lower(params, data).compile().as_text()
+  compiled = lambda f: str(jax.jit(f).lower(params, data).compile().as_text())
   products = lambda program: hlo.matrix_flops(hlo.read(program))
 
   f = drop_in('msam', shards=2, vectorize_shards=vectorize, sync_ascent=sync)

@@ -141,8 +141,8 @@ def test_a_leaf_without_a_gradient_is_not_moved():
 
   tx = sam(rho=0.5)
   updates, state = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
-  np.testing.assert_allclose(updates['trained'], [3.3, 4.4], rtol=1e-6)
-  assert updates['rest']['frozen'] is None
+  np.testing.assert_allclose(np.asarray(updates['trained']), [3.3, 4.4], rtol=1e-6)
+  assert updates['rest'] == {'frozen': None}
   np.testing.assert_allclose(seen[-1]['rest']['frozen'], [7.0])
   np.testing.assert_allclose([state.slope, state.radius], [5.0, 0.5], rtol=1e-6)
 
@@ -176,7 +176,7 @@ def test_leaves_that_are_no_numbers_may_be_masked_out():
     grad_fn = lambda params: {'w': params['w'], **rest_grads}
     updates, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
     assert updates['count'].dtype == jax.dtypes.float0
-    return updates['w'], state.radius
+    return jnp.asarray(updates['w']), state.radius
 
   updates, radius = jax.vmap(step, axis_name='i')(jnp.array([[3.0, 4.0], [6.0, 8.0]]))
   np.testing.assert_allclose(updates, [[4.8, 6.4]] * 2, rtol=1e-6)
@@ -188,7 +188,7 @@ def test_a_bad_complex_leaf_that_is_masked_out_is_seen():
   bad = {**params, 'z': params['z'].at[0].set(jnp.nan)}
   tx = sam(mask={'w': True, 'z': False})
   updates, state = tx.update(bad, tx.init(params), params, grad_fn=lambda p: p)
-  assert np.isnan(updates['z']).all()
+  assert jnp.isnan(updates['z']).all()
   assert not state.finite
 
 
@@ -359,8 +359,8 @@ def test_fp8_scaling_factors_have_no_direction():
   }
   tx = msam_optax.normalize_by(msam_optax.euclidean())
   direction, _ = tx.update(grads, tx.init(grads), grads)
-  np.testing.assert_allclose(direction['params'], [0.6, 0.8], rtol=1e-6)
-  assert direction['_overwrite_with_gradient']['amax'] == 0
+  np.testing.assert_allclose(np.asarray(direction['params']), [0.6, 0.8], rtol=1e-6)
+  assert direction['_overwrite_with_gradient'] == {'amax': 0}
   with pytest.raises(ValueError, match=r"variables\['params'\]` alone"):
     sharpness.hessian_eigenvalues(
       lambda v: jnp.sum(v['params'] ** 2), grads, key=jax.random.key(0)

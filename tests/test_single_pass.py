@@ -32,11 +32,6 @@ from msam_optax import MomentumSAMState
 from msam_optax import monge
 from tests import problems
 
-if hasattr(jax, 'shard_map'):
-  shard_map = jax.shard_map
-else:
-  from jax.experimental.shard_map import shard_map
-
 promotes = pytest.mark.standard_promotion
 METHODS = {
   'lagged': lambda base, alpha=0.0, **options: lagged(base, monge(alpha), **options),
@@ -601,7 +596,7 @@ def test_sharded_params_are_moved_as_whole_ones(method):
     return optax.apply_updates(params, updates), state
 
   mapped = jax.jit(
-    shard_map(
+    jax.shard_map(
       step,
       mesh=mesh,
       in_specs=(PARAM_SPECS, specs, P()),

@@ -208,7 +208,7 @@ def test_integer_and_key_leaves_pass_where_masked_out():
   grads = grad_fn(params)
   for tx in (msam_optax.sam(1.0, mask=floating), msam_optax.asam(1.0, mask=floating)):
     updates, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
-    np.testing.assert_allclose(updates['w'], [7.2, 9.6], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(updates['w']), [7.2, 9.6], rtol=1e-6)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
 
 

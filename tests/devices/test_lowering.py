@@ -73,7 +73,8 @@ def flat_problem(method, interface, dtype):
   leaves, structure = jax.tree.flatten((params, tx.init(params)))
 
   def flat_step(leaves, data):
-    *carry, value = step(*jax.tree.unflatten(structure, leaves), data)
+    params, state = jax.tree.unflatten(structure, leaves)
+    *carry, value = step(params, state, data)
     return jax.tree.leaves(carry), value
 
   return flat_step, leaves, data

@@ -61,7 +61,7 @@ def plain_gradient():
   model = make_model()
 
   def loss_fn(trainable, non_trainable, x, y):
-    out, new = model.stateless_call(trainable, non_trainable, x, training=True)
+    out, new = model.stateless_call(trainable, non_trainable, x, training=True)[:2]
     return jnp.mean((out - y) ** 2), new
 
   return jax.jit(jax.grad(loss_fn, has_aux=True))
@@ -97,7 +97,7 @@ class SharpnessAwareModel(keras.Model):
   ):
     y_pred, non_trainable_variables = self.stateless_call(
       trainable_variables, non_trainable_variables, x, training=training
-    )
+    )[:2]
     loss, variables = self.stateless_compute_loss(
       trainable_variables,
       non_trainable_variables,
@@ -175,7 +175,7 @@ def test_optax_in_a_plain_loop(method, interface):
   tx = optax.chain(*head, optax.adam(0.01, eps=EPS))
 
   def loss_fn(trainable, non_trainable, x, y):
-    out, new = model.stateless_call(trainable, non_trainable, x, training=True)
+    out, new = model.stateless_call(trainable, non_trainable, x, training=True)[:2]
     return jnp.mean((out - y) ** 2), new
 
   @jax.jit

@@ -92,7 +92,7 @@ def test_fit_and_average_parameters(method, interface):
     return optax.incremental_update(params, ema, 0.1), debiased, debiased_state
 
   params, opt_state = PARAMS, optimizer.init(PARAMS)
-  ema, debiased_state = PARAMS, average.init(PARAMS)
+  ema, debiased, debiased_state = PARAMS, None, average.init(PARAMS)
   for batch in BATCHES:
     params, opt_state, _ = step(params, opt_state, batch)
     ema, debiased, debiased_state = update_averages(params, ema, debiased_state)

@@ -206,7 +206,9 @@ def by_hand(method, seed):
 @every_kind_slowly
 def test_is_training_by_hand_of_each_seed(method, interface):
   create, take_step = interface(method)
-  run = jax.jit(jax.vmap(lambda *seed: run_seed(*seed, create, take_step)))
+  run = jax.jit(
+    jax.vmap(functools.partial(run_seed, create=create, take_step=take_step))
+  )
   params, losses = run(*prepared())
   assert losses.shape == (SEEDS, EPOCHS, MINIBATCHES)
   for seed in range(SEEDS):
