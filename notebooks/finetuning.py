@@ -168,9 +168,13 @@ def run(tx, params, pictures, rows):
 
   def step(carry, rows):
     params, state = carry
-    take = jax.value_and_grad(lambda p: loss_fn(p, text[rows], pictures[rows]))
-    loss, grads = take(params)
-    updates, state = tx.update(grads, state, params, value_and_grad_fn=take, value=loss)
+    value_and_grad_fn = jax.value_and_grad(
+      lambda p: loss_fn(p, text[rows], pictures[rows])
+    )
+    loss, grads = value_and_grad_fn(params)
+    updates, state = tx.update(
+      grads, state, params, value_and_grad_fn=value_and_grad_fn, value=loss
+    )
     names = ('slope', 'radius', 'rise')
     log = {name: optax.tree.get(state, name, 0.0) for name in names}
     log |= {'loss': loss, 'norm': optax.tree.norm(grads)}

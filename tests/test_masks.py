@@ -50,8 +50,10 @@ def drop_in(metric, params, mask):
 
 
 def compiled_once(metric, params, mask):
-  take = value_and_grad(half_square, metric, RHO, mask=mask, compile_once=True)
-  return take(params)[1]
+  value_and_grad_fn = value_and_grad(
+    half_square, metric, RHO, mask=mask, compile_once=True
+  )
+  return value_and_grad_fn(params)[1]
 
 
 class Model(nnx.Module):
@@ -67,8 +69,10 @@ def of_model(model):
 
 
 def nnx_drop_in(metric, params, mask, **kwargs):
-  take = flax_nnx.value_and_grad(of_model, metric, RHO, mask=mask, **kwargs)
-  return nnx.to_pure_dict(take(Model(params))[1])
+  value_and_grad_fn = flax_nnx.value_and_grad(
+    of_model, metric, RHO, mask=mask, **kwargs
+  )
+  return nnx.to_pure_dict(value_and_grad_fn(Model(params))[1])
 
 
 def nnx_compiled_once(metric, params, mask):
@@ -462,8 +466,10 @@ def test_the_radius_and_the_gradient_reach_the_metric_of_the_drop_in(once):
     return result
 
   wrapped = Metric(metric.init, ascend)
-  take = value_and_grad(quartic, wrapped, RHO, mask=head, compile_once=once)
-  take(NET)
+  value_and_grad_fn = value_and_grad(
+    quartic, wrapped, RHO, mask=head, compile_once=once
+  )
+  value_and_grad_fn(NET)
   jax.effects_barrier()
 
   assert len(seen) == 1 + once

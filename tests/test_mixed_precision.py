@@ -130,9 +130,11 @@ def half_loss(params, data):
 
 def chain_step(state, dynamic_scale, data, *, loss=half_loss):
   """Flax's recipe with the transformation, as the documentation has it."""
-  take = dynamic_scale.value_and_grad(lambda params: loss(params, data))
-  _, finite, value, grads = take(state.params)
-  new = state.apply_gradients(grads=grads, grad_fn=lambda params: take(params)[3])
+  value_and_grad_fn = dynamic_scale.value_and_grad(lambda params: loss(params, data))
+  _, finite, value, grads = value_and_grad_fn(state.params)
+  new = state.apply_gradients(
+    grads=grads, grad_fn=lambda params: value_and_grad_fn(params)[3]
+  )
   finite &= optax.tree.get(new.opt_state, 'finite')
   state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
   return state, flax_linen.scale_by_both_passes(dynamic_scale, finite), value
@@ -142,8 +144,10 @@ def drop_in_step(
   state, dynamic_scale, data, *, loss=half_loss, metric=msam_optax.monge(), rho=0.1
 ):
   """The same with the drop-in, whose gradient is at the probe."""
-  take = msam_optax.value_and_grad(loss, metric, rho, loss_scale=dynamic_scale.scale)
-  value, grads = take(state.params, data)
+  value_and_grad_fn = msam_optax.value_and_grad(
+    loss, metric, rho, loss_scale=dynamic_scale.scale
+  )
+  value, grads = value_and_grad_fn(state.params, data)
   finite = jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
   new = state.apply_gradients(grads=grads)
   state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
@@ -164,14 +168,14 @@ def test_loss_scaling_trains_as_float32_does(interface):
   state = make_state(interface, msam(0.1), mlp_params())
   scale = DynamicScale(scale=2.0**20, growth_interval=100)
   step = jax.jit(chain_step if interface == 'chain' else drop_in_step)
-  take = jax.jit(msam_optax.value_and_grad(mlp_loss, rho=0.1))
+  value_and_grad_fn = jax.jit(msam_optax.value_and_grad(mlp_loss, rho=0.1))
   params, scales = mlp_params(), [2.0**20]
   for _ in range(12):
     data, taken = batch(int(state.step)), int(state.step)
     state, scale, _ = step(state, scale, data)
     scales.append(float(scale.scale))
     if int(state.step) > taken:
-      grads = take(params, data)[1]
+      grads = value_and_grad_fn(params, data)[1]
       params = jax.tree.map(lambda w, g: w - 0.05 * g, params, grads)
   # Halved until the numbers of float16 hold the gradients, and then left alone.
   assert 4 <= int(state.step) <= 8
@@ -289,9 +293,9 @@ def test_a_healthy_drop_in_makes_no_nan_on_its_way(method, eager, options):
 @pytest.mark.usefixtures('debugging')
 def test_a_healthy_weight_makes_no_infinity_on_its_way():
   loss = lambda w, x: (jnp.sum(jnp.square(w - x)), jnp.float32(x.size))
-  take = msam_optax.value_and_grad(loss, rho=0.1, has_weight=True)
+  value_and_grad_fn = msam_optax.value_and_grad(loss, rho=0.1, has_weight=True)
   with jax.disable_jit():
-    value, _ = take(jnp.zeros(()), jnp.array([1.0, 3.0]))
+    value, _ = value_and_grad_fn(jnp.zeros(()), jnp.array([1.0, 3.0]))
   np.testing.assert_allclose(value, 5.0)
 
 

@@ -77,8 +77,10 @@ def test_a_callable_pytree_is_a_pytree(model, masked):
   grads = jax.grad(squared)(model)
   tx = sam(0.3, mask=mask)
   updates, state = tx.update(grads, tx.init(model), model, grad_fn=jax.grad(squared))
-  take = msam_optax.value_and_grad(squared, msam_optax.euclidean(), 0.3, mask=mask)
-  for got in (updates, take(model)[1]):
+  value_and_grad_fn = msam_optax.value_and_grad(
+    squared, msam_optax.euclidean(), 0.3, mask=mask
+  )
+  for got in (updates, value_and_grad_fn(model)[1]):
     assert jax.tree.structure(got) == structure
     for g, want in zip(jax.tree.leaves(got), expected(masked), strict=True):
       np.testing.assert_allclose(g, want, rtol=1e-5)
@@ -250,11 +252,11 @@ def test_layers_of_nn_scan():
       h, _ = Block().apply({'params': layer}, h, None)
     return jnp.mean(jnp.square(h - 1.0))
 
-  take = msam_optax.value_and_grad(loss, msam_optax.adaptive(), 0.5)
+  value_and_grad_fn = msam_optax.value_and_grad(loss, msam_optax.adaptive(), 0.5)
   layers = [jax.tree.map(lambda w, i=i: w[i], params) for i in range(2)]
   probe = by_hand.probe('asam', layers, jax.grad(loss_of_layers)(layers), 0.5)
   want = jax.tree.map(lambda *gs: jnp.stack(gs), *jax.grad(loss_of_layers)(probe))
-  chex.assert_trees_all_close(take(params)[1], want, rtol=1e-4, atol=1e-6)
+  chex.assert_trees_all_close(value_and_grad_fn(params)[1], want, rtol=1e-4, atol=1e-6)
 
 
 def test_names_make_masks():
@@ -329,10 +331,10 @@ def test_fp8_in_a_train_state(fp8, both):
   state = flax_linen.TrainState.create(
     apply_fn=None, params=variables, tx=optax.chain(sam(0.5), optax.sgd(0.1))
   )
-  take = {'value_and_grad_fn': jax.value_and_grad(loss)}
+  functions = {'value_and_grad_fn': jax.value_and_grad(loss)}
   if not both:
-    take = {'grad_fn': jax.grad(loss)}
-  new = jax.jit(lambda s, g: s.apply_gradients(grads=g, **take))(state, clean)
+    functions = {'grad_fn': jax.grad(loss)}
+  new = jax.jit(lambda s, g: s.apply_gradients(grads=g, **functions))(state, clean)
   want = jax.tree.map(lambda w, g: w - 0.1 * g, variables['params'], at_probe['params'])
   chex.assert_trees_all_close(new.params['params'], want, rtol=1e-5)
   name = '_overwrite_with_gradient'

@@ -112,10 +112,10 @@ def fine_tune(
     ``lowest``, the lowest training accuracy seen; and ``curves``.
   """
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-  take = plain_step if radius is None else two_pass_step
+  train_step = plain_step if radius is None else two_pass_step
   if radius is not None:
     optimizer.opt_state[0].hyperparams['rho'][...] = jnp.float32(radius)
-  step = nnx.cached_partial(take, model, optimizer)
+  step = nnx.cached_partial(train_step, model, optimizer)
   rng = np.random.default_rng((seed, 2))
   looks = [_look(model, parts, 0)]
   steps = []

@@ -129,9 +129,9 @@ def train_step(
   model: Net, optimizer: nnx.Optimizer, x: ArrayLike, y: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
   """One step of SAM or Monge SAM; returns ``‖g‖`` and the rise at the probe."""
-  take = flax_nnx.value_and_grad_fn(loss_fn, model, x, y)
+  value_and_grad_fn = flax_nnx.value_and_grad_fn(loss_fn, model, x, y)
   loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)
-  optimizer.update(model, grads, value=loss, value_and_grad_fn=take)
+  optimizer.update(model, grads, value=loss, value_and_grad_fn=value_and_grad_fn)
   return optax.tree.norm(grads), optax.tree.get(optimizer.opt_state, 'rise')[...]
 
 

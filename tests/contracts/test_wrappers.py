@@ -210,8 +210,8 @@ def test_before_every_wrapper_in_a_chain(method, name):
 @pytest.mark.slow
 @every_method_before_some
 def test_drop_in_works_with_every_wrapper(method, name):
-  take = drop_in(method, lambda p: loss(p, DATA))
-  value, grads = take(PARAMS)
+  value_and_grad_fn = drop_in(method, lambda p: loss(p, DATA))
+  value, grads = value_and_grad_fn(PARAMS)
   wrapped = INNER[name](optax.sgd(0.1))
   got, _ = wrapped.update(grads, wrapped.init(PARAMS), PARAMS)
   chained = step(optax.chain(transformation(method), wrapped), grad_fn=GRAD_FN)
@@ -314,13 +314,13 @@ def test_accumulation_after_the_method(method):
 @every_kind_slowly
 def test_accumulation_of_the_drop_in(method):
   tx = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
-  take = drop_in(method, loss)
+  value_and_grad_fn = drop_in(method, loss)
 
   @jax.jit
   def run(state):
     updates = None
     for i in range(3):
-      _, grads = take(PARAMS, batch(i))
+      _, grads = value_and_grad_fn(PARAMS, batch(i))
       updates, state = tx.update(grads, state, PARAMS)
     return updates
 

@@ -64,10 +64,10 @@ def chain(method, loss=loss, **kwargs):
   tx = transformation(method, **kwargs)
 
   def step(params, data):
-    take = jax.value_and_grad(lambda p: loss(p, data))
-    value, grads = take(params)
+    value_and_grad_fn = jax.value_and_grad(lambda p: loss(p, data))
+    value, grads = value_and_grad_fn(params)
     updates, _ = tx.update(
-      grads, tx.init(params), params, value_and_grad_fn=take, value=value
+      grads, tx.init(params), params, value_and_grad_fn=value_and_grad_fn, value=value
     )
     return value, updates
 

@@ -180,10 +180,12 @@ def test_optax_in_a_plain_loop(method, interface):
 
   @jax.jit
   def train_step(trainable, non_trainable, opt_state, x, y):
-    take = lambda params: jax.grad(loss_fn, has_aux=True)(params, non_trainable, x, y)
+    grad_and_state_fn = lambda params: jax.grad(loss_fn, has_aux=True)(
+      params, non_trainable, x, y
+    )
     if interface == 'chain':
-      grads, new = take(trainable)
-      extra = {'grad_fn': lambda params: take(params)[0]}
+      grads, new = grad_and_state_fn(trainable)
+      extra = {'grad_fn': lambda params: grad_and_state_fn(params)[0]}
     else:
       sharpness_aware = drop_in(method, loss_fn, has_aux=True)
       (_, new), grads = sharpness_aware(trainable, non_trainable, x, y)

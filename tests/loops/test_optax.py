@@ -123,8 +123,8 @@ def test_every_second_step(method):
   by_adam, expected = by_hand.adam(0.01, eps=EPS), PARAMS
   for i, batch in enumerate(BATCHES):
     sharpness_aware = lambda params, batch: update_by_hand(method, params, batch)
-    take = sharpness_aware if i % 2 == 0 else GRAD
-    expected = by_adam(expected, take(expected, batch))
+    grad_fn = sharpness_aware if i % 2 == 0 else GRAD
+    expected = by_adam(expected, grad_fn(expected, batch))
   close(params, expected)
   assert optax.tree.get(opt_state, 'count', filtering=is_of_the_method) == STEPS // 2
 

@@ -21,6 +21,7 @@ Tensors = Mapping[str, jax.Array]
 
 def tokenize(model: Path, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
   """Token numbers, padded to the longest, and which of them are tokens; ``[N, T]``."""
+  # Installed for making the file only, like `safetensors` below: see `build.py`.
   from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
 
   tokenizer = Tokenizer.from_file(str(model / 'tokenizer.json'))

@@ -98,6 +98,7 @@ def draw_noto(characters: str, font: ImageFont.FreeTypeFont) -> Image.Image | No
 
 def draw_openmoji(svg: Path) -> Image.Image:
   """The vector drawing at its final size on white."""
+  # Installed for making the file only: see `build.py`.
   import resvg_py  # pyright: ignore[reportMissingImports]
 
   png = resvg_py.svg_to_bytes(
