@@ -318,60 +318,89 @@ def ascend_with(
     An ascent, the direction in the dtypes of ``grads``; NaN where the ``gᵢ`` are not
     finite or the base is no matrix.
   """
-  wide = jax.tree.map(_numerics.widen, grads)
   rows = jax.tree.map(_numerics.widen, gradients)
 
   def under_base(g):
     ascent, _ = base.ascend(g, optax.EmptyState(), params, space=space, **extra_args)
-    return ascent, _divide(g, ascent.slope)
+    return ascent
 
-  # With the hat they are of length one, ĝ in the dual norm of d.
-  (d, s), g_hat = under_base(wide)
-  (d_rows, s_rows), rows_hat = jax.vmap(under_base)(rows)
-  along = lambda rows, x: jax.vmap(lambda row: space.dot(row, x))(rows)
-  eps = jnp.finfo(s.dtype).eps
-  steepest = jnp.max(s_rows)
-  sizes = _divide(s_rows, steepest)
-  inner = jax.vmap(lambda x: along(rows_hat, x))(d_rows)
+  d, s = under_base(jax.tree.map(_numerics.widen, grads))
+  d_rows, s_rows = jax.vmap(under_base)(rows)
+  # Gradients of length one are dual to directions of length one; none if not finite.
+  g_dual = jax.tree.map(
+    lambda g: jnp.where(s > 0, _numerics.widen(g) * _inverse(s, like=g), 0.0), grads
+  )
+  to_dual, steepest = _inverse(s_rows), jnp.max(s_rows)
+
+  def along(x):
+    return to_dual * jax.vmap(lambda row: space.dot(row, x))(rows)
+
+  def subtract(kappa, p, p_dual):
+    y = _product(basis, kappa)
+    return _minus(p, y, d_rows), _minus(p_dual, y * to_dual, rows)
+
+  basis, size = _orthonormal(jax.vmap(along)(d_rows), s_rows * _inverse(steepest))
+  components = along(d)
+  kappa = _product(basis.T, components)
+  p, p_dual = subtract(kappa, d, g_dual)
+  # Once more for what rounding has left along the vₖ: it counts where λ is large.
+  more = _product(basis.T, along(p))
+  p, p_dual = subtract(more, p, p_dual)
+  square = space.dot(p, p_dual)
+  is_left = square > (8.0 * jnp.finfo(s.dtype).eps) ** 2  # And no rounding.
+  rest = jnp.where(is_left, jnp.sqrt(jnp.where(is_left, square, 1.0)), 0.0)
+
+  alpha, number = _numerics.widen(alpha, like=s), jnp.asarray(number, s.dtype)
+  f = _numerics.inverse_hypot(alpha * steepest * size / jnp.sqrt(number))  # 1/√(1+λ)
+  unit, length = spaces.LOCAL.normalize(jnp.append((kappa + more) * f, rest))
+  straight = jnp.where(is_left, _inverse(length), 0.0)
+  bent = _product(basis, unit[:-1] * f)
+
+  # A matrix is symmetric, and what depends on the gradient is not.
+  others = jax.vmap(lambda row: space.dot(row, g_dual))(d_rows)
+  is_matrix = jnp.max(jnp.abs(components - others)) < 0.01
+  zero = _numerics.zero_if(is_matrix & jnp.isfinite(alpha), s.dtype)
+
+  def direction(p, rows, g):
+    x = straight.astype(p.dtype) * p + _product(bent.astype(p.dtype), rows)
+    return (x + zero.astype(p.dtype)).astype(jnp.result_type(g))
+
+  return metrics.Ascent(jax.tree.map(direction, p, d_rows, grads), s * length + zero)
+
+
+def _orthonormal(inner: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The directions in which ``Σ sizeᵢ² d̂ᵢd̂ᵢᵀ`` acts, and the roots of its factors.
+
+  Args:
+    inner: ``⟨ĝᵢ, dⱼ⟩``, the inner products of unit vectors.
+    sizes: their weights, at most 1.
+
+  Returns:
+    A matrix of which column ``k`` has the coefficients of ``vₖ`` in the ``dᵢ``, and the
+    roots of ``λₖ``; zero for what cannot be told from rounding.
+  """
   weighted = sizes[:, None] * inner * sizes[None]
   factors, vectors = jnp.linalg.eigh(0.5 * (weighted + weighted.T))
-  # What is less is rounding, and the direction of it is another.
-  seen = factors > 100.0 * eps * jnp.max(factors)
+  seen = factors > 100.0 * jnp.finfo(factors.dtype).eps * jnp.max(factors)
   root = jnp.sqrt(jnp.where(seen, factors, 1.0))
   basis = sizes[:, None] * vectors * jnp.where(seen, 1.0 / root, 0.0)[None]
+  return basis, jnp.where(seen, root, 0.0)
 
-  def combine(kappa, rows):
-    y = jnp.sum(basis * kappa[None], axis=1)
-    return jax.tree.map(lambda x: jnp.tensordot(y.astype(x.dtype), x, axes=1), rows)
 
-  subtract = lambda x, y: jax.tree.map(jnp.subtract, x, y)
-  kappa, p, p_hat = jnp.zeros_like(root), d, g_hat
-  for _ in range(2):  # Once more for what rounding has left along the vₖ.
-    kappa_left = jnp.sum(basis * along(rows_hat, p)[:, None], axis=0)
-    kappa = kappa + kappa_left
-    p = subtract(p, combine(kappa_left, d_rows))
-    p_hat = subtract(p_hat, combine(kappa_left, rows_hat))
-  rest = jnp.sqrt(jnp.maximum(space.dot(p, p_hat), 0.0))
-  rest = jnp.where(rest > 8.0 * eps, rest, 0.0)
+def _minus(x, y, rows):
+  """``x − Σ yᵢ rowᵢ``."""
+  return jax.tree.map(lambda x, row: x - _product(y.astype(x.dtype), row), x, rows)
 
-  alpha = _numerics.widen(alpha, like=s)
-  number = jnp.asarray(number, s.dtype)
-  f = _numerics.inverse_hypot(alpha * steepest * root / jnp.sqrt(number))
-  parts = jnp.append(kappa * jnp.where(seen, f, 0.0), rest)
-  unit, length = spaces.LOCAL.normalize(parts)
-  inverse = jnp.where(length > 0, 1.0 / jnp.where(length > 0, length, 1.0), 0.0)
-  bent = combine(unit[:-1] * f, d_rows)
 
-  # A matrix is symmetric; what depends on the gradient is not.
-  asymmetry = jnp.max(jnp.abs(along(rows_hat, d) - along(d_rows, g_hat)))
-  sound = spaces.all_finite(gradients, space.param_specs) & (asymmetry < 0.01)
-  zero = _numerics.zero_if(sound & jnp.isfinite(alpha), s.dtype)
+def _product(a, b):
+  """Of matrices and vectors, as exact as they are: accelerators would use 8 bits."""
+  return jnp.tensordot(a, b, axes=1, precision='highest')
 
-  def direction(p, bent, g):
-    straight = jnp.where(rest > 0, p * inverse.astype(p.dtype), 0.0)
-    return (straight + bent + zero.astype(p.dtype)).astype(jnp.result_type(g))
 
-  return metrics.Ascent(jax.tree.map(direction, p, bent, grads), s * length + zero)
+def _inverse(x, like=None):
+  """``1/x`` in the wide dtype of ``like``, and zero where ``x`` is."""
+  inverse = jnp.where(x > 0, 1.0 / jnp.where(x > 0, x, 1.0), 0.0)
+  return inverse if like is None else inverse.astype(_numerics.wide_dtype(like))
 
 
 def check_fixed(base: metrics.Metric, params: Any, name: str) -> None:
@@ -463,13 +492,7 @@ def _noise(key, params, param_specs):
   ):
     for axis in axes:
       key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    drawn.append(jax.random.normal(key, jnp.shape(w), _numerics.wide_dtype(w)))
+    noise = jax.random.normal(key, jnp.shape(w), _numerics.wide_dtype(w))
+    sharding = _devices.explicit_sharding(w)
+    drawn.append(noise if sharding is None else jax.sharding.reshard(noise, sharding))
   return structure.unflatten(drawn)
-
-
-def _divide(tree, size):
-  """The tree divided by a number >= 0, and zero where that is."""
-  inverse = jnp.where(size > 0, 1.0 / jnp.where(size > 0, size, 1.0), 0.0)
-  return jax.tree.map(
-    lambda x: jnp.where(size > 0, x * inverse.astype(x.dtype), 0.0), tree
-  )

@@ -53,6 +53,10 @@ def msam(
   metric is :func:`unit_rise`: the slope in the state is between 0 and 1, the part of
   the allowed rise that is predicted, ``τ · slope``.
 
+  Two gradients per step, and no memory of its own. Take it where gradients differ by
+  orders of magnitude, over training or between tasks, so that SAM has no radius for
+  all of them.
+
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step. With
       ``max_rise`` it is the largest radius, and may be infinite.
@@ -118,6 +122,9 @@ def sam(
 
   For the gradient ``g`` at the parameters ``w`` it is the gradient at ``w + ρ g/‖g‖``.
 
+  Two gradients per step, and no memory of its own. It is what all others are compared
+  with; the authors have 0.05.
+
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     **options: ``mask``, ``axis_name``, ``sync_ascent``, ``param_specs`` and
@@ -160,6 +167,10 @@ def asam(
 
   For the gradient ``g`` at the parameters ``w`` it is the gradient at
   ``w + ρ T²g/‖Tg‖`` with ``T = |w| + η`` on weights and 1 on biases.
+
+  Two gradients per step, and no memory of its own. Take it where weights of very
+  different sizes are perturbed together. Its radius is about ten times SAM's: the
+  authors have 0.5 for CIFAR-10, 1.0 for CIFAR-100 and 0.01 for ``η``.
 
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
@@ -206,6 +217,9 @@ def fisher_sam(
 
   For the gradient ``g`` at the parameters ``w`` it is the gradient at
   ``w + ρ u/√⟨u, g⟩`` with ``u = g/(1 + η g²)``: steep coordinates are held back.
+
+  Two gradients per step, and no memory of its own. Take it where a few coordinates
+  have most of the gradient.
 
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
@@ -254,7 +268,10 @@ def friendly_sam(
 
       w + ρ (g − σm)/‖g − σm‖,      then   m ← λm + (1 − λ)g.
 
-  The first step is SAM's. It needs memory for one more copy of the params.
+  The first step is SAM's. It needs memory for one more copy of the params, in float32.
+
+  Two gradients per step. Take it where batches are small, and their gradients mostly
+  noise.
 
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step. The
@@ -304,7 +321,10 @@ def vasso(
   """VaSSO: climbs the running mean of gradients, which varies less than each of them.
 
   With the running mean ``d`` of the gradients, this one included, it is the gradient at
-  ``w + ρ d/‖d‖``. It needs memory for one more copy of the params.
+  ``w + ρ d/‖d‖``. It needs memory for one more copy of the params, in float32.
+
+  Two gradients per step. Take it where batches are small, and their gradients do not
+  agree on a direction.
 
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.

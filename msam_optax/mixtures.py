@@ -36,6 +36,9 @@ def gsam(
   the part of ``g`` that is perpendicular to ``g₁``, subtracted. The authors let ``ρ``
   follow the learning rate: give it as a schedule.
 
+  Two gradients per step, and no memory of its own. Take it where SAM's probe is so
+  far away that lowering the loss there leaves that at the params behind.
+
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     alpha: ``α``, scalar >= 0: the weight of the gap. 0 is SAM; the authors have 0.6 for
@@ -89,6 +92,9 @@ def wsam(
   own default is the decoupled form, in which the optimizer sees ``g`` alone and the
   rest is added to its step.
 
+  Two gradients per step, and no memory of its own. Take it where SAM helps, and more
+  of the same should help more.
+
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     gamma: ``γ``, scalar, 0 <= γ < 1.
@@ -139,6 +145,9 @@ def cr_sam(
 
       g₊ + γ (g₊ + g₋ − 2g) + β (g₊ − g₋).
 
+  Three gradients per step, and no memory of its own. Take it where a third gradient
+  is affordable and the loss is strongly curved at SAM's radius.
+
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     gamma: ``γ``, scalar >= 0: the weight of the second difference.
@@ -188,6 +197,9 @@ def stable_sam(
 
   At the probe gradients are longer, most so where the loss is sharp. Without that, a
   learning rate that is stable for the optimizer alone is stable for it with SAM.
+
+  Two gradients per step, and no memory of its own. Take it where training with SAM
+  diverges at the learning rate of the optimizer alone.
 
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
@@ -240,6 +252,8 @@ def look_sam(
   What it leaves out is really not computed. The scalars in the state are zero in a step
   without a probe.
 
+  Take it where a second gradient in every step is too expensive.
+
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     every: ``k``, whole number >= 1: 5 to 10 in the paper.
@@ -278,6 +292,7 @@ def look_sam(
   return transformation.sharpness_aware(metric, rho, combination, **options)
 
 
+@_options.method
 def decoupled_wsam(
   base_optimizer: optax.GradientTransformation,
   learning_rate: Any,
@@ -296,6 +311,9 @@ def decoupled_wsam(
 
   It is an optimizer, and stands where ``base_optimizer`` stood; ``update`` needs
   ``params`` and ``grad_fn``, as :func:`sharpness_aware` does.
+
+  Two gradients per step, and no memory of its own beside the optimizer's. Take it
+  where adaptive moments should not see the sharpness.
 
   Args:
     base_optimizer: what makes the step of the gradient, its learning rate included.

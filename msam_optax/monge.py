@@ -167,8 +167,9 @@ def unit_rise(
   metric ``δ = τ g/‖g‖²``, the step to where the tangent plane of the loss is ``τ``
   higher. There is then no other number to tune than an allowed rise, in units of the
   loss, but the step grows without bound where the gradient vanishes: give a largest
-  radius, which only matters there. Slopes smaller than the smallest normal number
-  (1e-38) count as that; where the gradient is zero there is no step.
+  radius, which only matters there. Always give one over a base with a memory, such as
+  :func:`smoothed`, along which the loss of a batch may be flat. Slopes smaller than the
+  smallest normal number (1e-38) count as that; a zero gradient has no step.
 
   Args:
     base: the metric that measures the step, or a norm.

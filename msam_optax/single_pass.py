@@ -13,7 +13,6 @@ scalar by which the optimizer's momentum gives it. So the parameters are rounded
 step, when the update is added to them, as in plain training.
 """
 
-import contextlib
 from typing import Any
 from typing import NamedTuple
 
@@ -25,13 +24,11 @@ from msam_optax import _checks
 from msam_optax import _devices
 from msam_optax import _hyperparameters
 from msam_optax import _masks
+from msam_optax import _momentum
 from msam_optax import _numerics
 from msam_optax import metrics
 from msam_optax import spaces
 from msam_optax.monge import monge
-
-# The fields in which Optax's optimizers keep a mean of gradients.
-_NAMES = ('trace', 'mu')
 
 
 class LaggedState(NamedTuple):
@@ -281,7 +278,7 @@ def momentum_sam(
   _hyperparameters.check_hyperparameter('rho', rho)
   _hyperparameters.check_hyperparameter('alpha', alpha)
   _check_optimizer('momentum_sam', base_optimizer)
-  _check_name(momentum)
+  _momentum.check_name(momentum)
   _check_dtype(clean_dtype)
   base = optax.with_extra_args_support(base_optimizer)
 
@@ -292,8 +289,8 @@ def momentum_sam(
     moved = _restricted(w, mask)
     base_state = base.init(w)
     if jax.tree.leaves(moved):  # None in what optax.tree.map_params gives.
-      _momentum(base_state, w, momentum)
-      _check_is_of_gradients(base, w, momentum)
+      _momentum.find(base_state, w, momentum)
+      _momentum.check_is_of_gradients(base, w, momentum)
     return MomentumSAMState(
       count=jnp.zeros([], jnp.int32),
       scale=jnp.zeros([], _numerics.wide_dtype(w)),
@@ -377,13 +374,13 @@ def eval_params(opt_state: Any, params: Any, *, momentum: str | None = None) -> 
 def _clean(state, params, momentum):
   if state.clean is not None:
     return jax.tree.map(
-      lambda w, p: p if _is_masked(w) else w.astype(jnp.result_type(p)),
-      _aligned(state.clean, params),
+      lambda w, p: p if _momentum.is_masked(w) else w.astype(jnp.result_type(p)),
+      _momentum.aligned(state.clean, params),
       params,
-      is_leaf=_is_masked,
+      is_leaf=_momentum.is_masked,
     )
   if isinstance(state, LaggedState):
-    return _without(params, _aligned(state.perturbation, params))
+    return _without(params, _momentum.aligned(state.perturbation, params))
   v = _momentum_of(state, params, momentum)
   return _without(params, _along(v, state.scale))
 
@@ -392,10 +389,14 @@ def _marks(moved):
   """Where leaves are perturbed, as structure alone, of the tree of these leaves."""
   if not jax.tree.leaves(moved):  # What optax.tree.map_params gives.
     return moved
-  if not any(map(_is_masked, jax.tree.leaves(moved, is_leaf=_is_masked))):
+  if not any(
+    map(_momentum.is_masked, jax.tree.leaves(moved, is_leaf=_momentum.is_masked))
+  ):
     return optax.EmptyState()
   return jax.tree.map(
-    lambda x: x if _is_masked(x) else optax.EmptyState(), moved, is_leaf=_is_masked
+    lambda x: x if _momentum.is_masked(x) else optax.EmptyState(),
+    moved,
+    is_leaf=_momentum.is_masked,
   )
 
 
@@ -403,82 +404,11 @@ def _momentum_of(state, params, name):
   """The momentum of the leaves that are perturbed."""
   hide = lambda tree: jax.tree.map(lambda _: optax.MaskedNode(), tree)
   return jax.tree.map(
-    lambda mark, tree: hide(tree) if _is_masked(mark) else tree,
+    lambda mark, tree: hide(tree) if _momentum.is_masked(mark) else tree,
     state.perturbed,
-    _momentum(state.base_state, params, name),
+    _momentum.find(state.base_state, params, name),
     is_leaf=lambda x: isinstance(x, (optax.MaskedNode, optax.EmptyState)),
   )
-
-
-def _momentum(base_state, params, name):
-  """The base optimizer's momentum, like ``params``, masked where there is none.
-
-  Raises:
-    ValueError: if there is none at all, or a leaf has several.
-  """
-  found = _find(base_state, params, name)
-  if not found:
-    names = _NAMES if name is None else (name,)
-    raise ValueError(
-      'momentum_sam moves the parameters along the momentum of the optimizer that it'
-      f' wraps, but the state of this one has no {" or ".join(map(repr, names))} like'
-      ' the parameters. Give one that keeps a momentum, such as `optax.sgd(0.1,'
-      ' momentum=0.9)` or `optax.adamw(1e-3)`; or the name of the field in its state,'
-      " as in `momentum='m1'` (and to eval_params as well); or use `lagged`, which"
-      ' needs none.'
-    )
-
-  def only(path, _, *leaves):
-    present = [
-      (where, x) for where, x in zip(found, leaves, strict=True) if not _is_masked(x)
-    ]
-    if len(present) > 1:
-      raise ValueError(
-        f'The optimizer in momentum_sam keeps {len(present)} momenta of the parameter'
-        f' {_masks.at_path(path)}: {", ".join(where for where, _ in present)} in its'
-        " state. Give the name of the one to move along, as in `momentum='mu'` (and"
-        ' to eval_params as well).'
-      )
-    return present[0][1] if present else optax.MaskedNode()
-
-  return jax.tree_util.tree_map_with_path(only, params, *found.values())
-
-
-def _find(base_state, params, name):
-  """All fields of a name that are like the params, by where they are in the state."""
-  found = {}
-  for key in _NAMES if name is None else (name,):
-    for path, tree in optax.tree.get_all_with_path(base_state, key):
-      # A parameter may have the name as well: it is not like all parameters.
-      with contextlib.suppress(ValueError):
-        found[jax.tree_util.keystr(path)] = _aligned(tree, params)
-  return found
-
-
-def _check_is_of_gradients(base, params, name):
-  """Raises if the momentum is one of steps: the direction would be the opposite.
-
-  Of a gradient of ones a mean of gradients is positive, and one of steps negative. Two
-  steps, since the first may have a learning rate of zero; what cannot be tried, as
-  with a traced learning rate or shapes of its own, is not.
-  """
-  total = 0.0
-  with contextlib.suppress(Exception), jax.ensure_compile_time_eval():
-    ones = jax.tree.map(
-      lambda w: jnp.ones((1,) * jnp.ndim(w), jnp.result_type(w)), params
-    )
-    state = base.init(ones)
-    for _ in range(2):
-      _, state = base.update(ones, state, ones)
-    v = jax.tree.leaves(_momentum(state, ones, name))
-    total = float(sum(jnp.sum(_numerics.widen(x)) for x in v))
-  if total < 0:
-    raise ValueError(
-      'The momentum of the optimizer in momentum_sam is one of steps, behind the'
-      ' learning rate in its chain, and not of gradients: the parameters would be moved'
-      ' uphill. So it is in `optax.rmsprop(momentum=…)` and `optax.lars`. Build the'
-      ' chain with `optax.trace` before `optax.scale_by_learning_rate`.'
-    )
 
 
 def _scale_of(norm, rho, alpha):
@@ -512,24 +442,24 @@ def _without(params, delta):
 
 def _combine(function, params, delta):
   def of_leaf(d, p):
-    if _is_masked(d):
+    if _momentum.is_masked(d):
       return p
     p = jnp.asarray(p)
     return function(_numerics.widen(p), _numerics.widen(d, like=p)).astype(p.dtype)
 
-  return jax.tree.map(of_leaf, delta, params, is_leaf=_is_masked)
+  return jax.tree.map(of_leaf, delta, params, is_leaf=_momentum.is_masked)
 
 
 def _moved(step, before, after):
   """``step − δ + δ'``, in the dtypes of the step."""
 
   def of_leaf(old, new, u):
-    if _is_masked(old):
+    if _momentum.is_masked(old):
       return u
     change = _numerics.widen(new, like=u) - _numerics.widen(old, like=u)
     return (_numerics.widen(u) + change).astype(u.dtype)
 
-  return jax.tree.map(of_leaf, before, after, step, is_leaf=_is_masked)
+  return jax.tree.map(of_leaf, before, after, step, is_leaf=_momentum.is_masked)
 
 
 def _difference(target, params):
@@ -569,27 +499,6 @@ def _restricted(params, mask):
   return _masks.restrict(params, perturbed)
 
 
-def _aligned(tree, params):
-  """A tree with one leaf, or one ``optax.MaskedNode``, for each leaf of the params.
-
-  Raises:
-    ValueError: if it is not like them.
-  """
-
-  def of_leaf(x, subtree):
-    if _is_masked(x):
-      return jax.tree.map(lambda _: optax.MaskedNode(), subtree)
-    if not jax.tree_util.all_leaves([subtree]) or jnp.shape(x) != jnp.shape(subtree):
-      raise ValueError('The state is not one of these parameters.')
-    return x
-
-  return jax.tree.map(of_leaf, tree, params, is_leaf=_is_masked)
-
-
-def _is_masked(x):
-  return isinstance(x, optax.MaskedNode)
-
-
 def _check_inputs(name, grads, params, mask, param_specs):
   """Raises unless an update can be made; returns which leaves are perturbed."""
   if params is None:
@@ -607,14 +516,6 @@ def _check_optimizer(name, optimizer):
     raise TypeError(
       f'The first argument of {name} is the optimizer that it wraps, as in'
       f' `{name}(optax.adamw(1e-3))`, got {optimizer!r}.'
-    )
-
-
-def _check_name(momentum):
-  if momentum is not None and not isinstance(momentum, str):
-    raise TypeError(
-      '`momentum` is the name of a field in the state of the optimizer, such as'
-      f" 'trace' or 'mu', got {momentum!r}."
     )
 
 

@@ -310,4 +310,5 @@ every_method = pytest.mark.parametrize('method', cases(METHODS))
 every_method_slowly = pytest.mark.parametrize(
   'method', cases(METHODS, plain=is_default)
 )
+every_kind = pytest.mark.parametrize('method', cases(KINDS))
 every_kind_slowly = pytest.mark.parametrize('method', cases(KINDS, plain=is_default))

@@ -22,7 +22,9 @@ from msam_optax import msam
 from msam_optax import neighborhood_monge
 from msam_optax import sharpness_aware
 from msam_optax import smoothed
+from tests.devices.test_parallel import has_explicit_sharding
 from tests.devices.test_parallel import mesh
+from tests.devices.test_parallel import NamedSharding
 from tests.devices.test_parallel import on_devices
 from tests.devices.test_parallel import P
 from tests.test_averages import climb
@@ -123,6 +125,24 @@ def test_float32_at_any_magnitude(kind, size):
   error = np.asarray(direction, np.float64) - expected
   assert np.sqrt(error @ G @ error) < (1e-3 if kind == 'nearly the same' else 1e-5)
   np.testing.assert_allclose(slope / np.float32(size), s, rtol=1e-4)
+
+
+def test_a_gradient_that_is_nearly_along_the_others():
+  """Rounding leaves a part of it along them, which a long metric counts 10⁴ times."""
+  alpha, m = 1e4, ROWS.ravel() / np.linalg.norm(ROWS)
+  noise = RNG.normal(size=(3, m.size))
+  rows = np.stack([m, m + 0.01 * noise[0], m + 0.01 * noise[1]]).astype(np.float32)
+  g = (rows.mean(axis=0) + 0.001 * noise[2]).astype(np.float32)
+
+  direction, slope = ascend(low_rank_monge(alpha=alpha), g, g, gradients=rows)
+
+  # By a root of the matrix, which is better conditioned.
+  root = np.vstack([np.eye(m.size), alpha / np.sqrt(3) * rows])
+  u, *_ = np.linalg.lstsq(root, np.append(g, np.zeros(3)), rcond=None)
+  s = np.sqrt(g @ u)
+  error = np.asarray(direction, np.float64) - u / s
+  assert np.linalg.norm(root @ error) < 2e-3
+  np.testing.assert_allclose(slope, s, rtol=1e-5)
 
 
 def test_gradients_that_are_the_same_or_zero():
@@ -340,6 +360,35 @@ def test_parts_of_a_leaf_have_different_noise():
   assert len(samples) == 2
   assert not np.allclose(*samples)
   np.testing.assert_allclose(np.linalg.norm(np.concatenate(samples)), 0.5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@has_explicit_sharding
+@pytest.mark.parametrize(
+  'metric',
+  [low_rank_monge(2), neighborhood_monge(2, 0.1, key=jax.random.key(0))],
+  ids=['low_rank_monge', 'neighborhood_monge'],
+)
+def test_where_shardings_are_types(metric):
+  w = {'a': jnp.arange(32.0).reshape(8, 4) / 32, 'b': jnp.ones(3)}
+  layout = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Explicit,))
+  tx = sharpness_aware(metric, 0.1)
+
+  @jax.jit
+  def two_steps(w, state):
+    grad_fn = lambda w: jax.tree.map(lambda p: p**3, w)
+    for _ in range(2):
+      update, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+    return update
+
+  expected = two_steps(w, tx.init(w))
+  with jax.set_mesh(layout):
+    specs = {'a': P('x'), 'b': P()}
+    sharded = jax.tree.map(
+      lambda x, spec: jax.device_put(x, NamedSharding(layout, spec)), w, specs
+    )
+    got = two_steps(sharded, tx.init(sharded))
+  chex.assert_trees_all_close(jax.device_get(got), expected, rtol=1e-5)
 
 
 # α of the Fisher matrix.

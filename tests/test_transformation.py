@@ -11,6 +11,7 @@ import pytest
 
 import msam_optax
 from tests import by_hand
+from tests.methods import every_kind
 from tests.methods import every_method
 from tests.methods import every_method_slowly
 from tests.methods import METHODS
@@ -215,7 +216,7 @@ def test_integer_and_key_leaves_pass_where_masked_out():
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-@every_method
+@every_kind
 def test_zero_gradient_goes_through_unperturbed(method, dtype):
   params = {'w': jnp.ones((2, 2), dtype), 'b': jnp.ones(2, dtype)}
   zeros = jax.tree.map(jnp.zeros_like, params)
@@ -237,7 +238,7 @@ def test_zero_gradient_goes_through_unperturbed(method, dtype):
 
 @pytest.mark.parametrize('bad', [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-@every_method
+@every_kind
 def test_non_finite_gradient_is_seen_and_does_not_stay(method, dtype, bad):
   params = {'w': jnp.ones((2, 2), dtype), 'b': jnp.ones(2, dtype)}
   grads = {'w': jnp.full((2, 2), bad, dtype), 'b': jnp.ones(2, dtype)}

@@ -35,10 +35,14 @@ DEFAULT_TARGETS = ('rosenbrock',)
   cases(
     DEFAULT,
     OPTIMIZERS,
-    TARGETS,
-    plain=lambda method, optimizer, target: (
-      target in DEFAULT_TARGETS and optimizer in SOME_OPTIMIZERS
-    ),
+    DEFAULT_TARGETS,
+    plain=lambda _, optimizer, target: optimizer in SOME_OPTIMIZERS,
+  )
+  + cases(
+    DEFAULT,
+    SOME_OPTIMIZERS,
+    [target for target in TARGETS if target not in DEFAULT_TARGETS],
+    plain=lambda *names: False,
   )
   + cases(OTHER_KINDS, SOME_OPTIMIZERS, ('mixed',), plain=is_default),
 )

@@ -18,7 +18,7 @@ BY_HAND = {
   'mapped': {'shards': SHARDS, 'sync_ascent': False},
   'mapped_synced': {'shards': SHARDS, 'sync_ascent': True},
 }
-COUNTS = [pytest.param(count, marks=pytest.mark.slow) for count in (2, 4)]
+COUNTS = [pytest.param(count, marks=pytest.mark.slow) for count in (2,)]
 
 
 @pytest.fixture(scope='module', params=COUNTS, ids='{} processes'.format)
