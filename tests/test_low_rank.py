@@ -376,7 +376,7 @@ def test_where_shardings_are_types(metric):
 
   @jax.jit
   def two_steps(w, state):
-    grad_fn = lambda w: jax.tree.map(lambda p: p**3, w)
+    update, grad_fn = None, lambda w: jax.tree.map(lambda p: p**3, w)
     for _ in range(2):
       update, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
     return update
