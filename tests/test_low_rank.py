@@ -257,7 +257,7 @@ def test_memory_of_sharded_leaves_and_replicas():
   alone = sharpness_aware(metric, 0.1, axis_name='data')
 
   def steps(tx, w, x):
-    state = tx.init(w)
+    update, state = None, tx.init(w)
     for i in range(3):
       grad_fn = lambda w, i=i: jax.tree.map(lambda p: p * x[i % 2] + x[1 - i % 2], w)
       update, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
@@ -376,7 +376,7 @@ def test_where_shardings_are_types(metric):
 
   @jax.jit
   def two_steps(w, state):
-    grad_fn = lambda w: jax.tree.map(lambda p: p**3, w)
+    update, grad_fn = None, lambda w: jax.tree.map(lambda p: p**3, w)
     for _ in range(2):
       update, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
     return update

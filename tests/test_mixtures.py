@@ -1,5 +1,6 @@
 """WSAM beside an optimizer, in NumPy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,7 @@ def test_without_an_optimizer_it_is_the_coupled_form():
     tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
     for tx in (decoupled, coupled)
   )
-  np.testing.assert_allclose(got, expected, rtol=1e-6)
+  chex.assert_trees_all_close(got, expected, rtol=1e-6)
 
 
 def test_gamma_of_decoupled_wsam_is_less_than_one():

@@ -204,7 +204,7 @@ SPECTRA = {
 )
 def test_eigenvalues_over_20_decades_of_scale_and_6_of_spread(dtype, which):
   """Of diagonal Hessians, and of dense ones as far as their rounded entries go."""
-  eps = jnp.finfo(dtype).eps
+  eps = float(jnp.finfo(dtype).eps)
   rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(SIZE, SIZE)))
   for spectrum in SPECTRA.values():
     rotated = rotation @ np.diag(spectrum) @ rotation.T

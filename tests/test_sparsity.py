@@ -11,11 +11,6 @@ import pytest
 
 import msam_optax
 
-if hasattr(jax, 'shard_map'):
-  shard_map = jax.shard_map
-else:
-  from jax.experimental.shard_map import shard_map
-
 
 def tree_of(rng, scale=1.0):
   draw = lambda *shape: (scale * rng.normal(size=shape)).astype(np.float32)
@@ -102,7 +97,7 @@ def test_shards_choose_as_the_whole_does():
     return lambda w: tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
 
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ('i',))
-  sharded = shard_map(update(tx), mesh=mesh, in_specs=(specs,), out_specs=specs)
+  sharded = jax.shard_map(update(tx), mesh=mesh, in_specs=(specs,), out_specs=specs)
   got, expected = jax.jit(sharded)(grads), update(alone)(grads)
   chex.assert_trees_all_close(got, expected, rtol=1e-5)
 

@@ -67,7 +67,7 @@ def some_steps(when: Callable[[Any, int], Any]) -> Callable[..., Any]:
 
   def make(rho, lr, steps):
     method = optax.conditionally_transform(
-      msam_optax.msam(rho), lambda step: when(step, steps)
+      msam_optax.msam(rho), lambda step, **_: when(step, steps)
     )
     return optax.chain(method, adam(lr, steps))
 

@@ -31,7 +31,7 @@ def by_hand(x, y, k):
       for j in range(len(z))
       if j != i
     }
-    return set(sorted(cosine, key=cosine.get)[-k:])
+    return set(sorted(cosine, key=cosine.__getitem__)[-k:])
 
   return np.mean([len(neighbours(x, i) & neighbours(y, i)) / k for i in range(len(x))])
 
