@@ -128,11 +128,12 @@ def _largest(tree, share, space):
     lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32), tree
   )
   ones = jax.tree.map(jnp.ones_like, tree)
-  wanted = jnp.maximum(jnp.floor(share * space.dot(ones, ones)), 1.0)
+  total = space.dot(ones, ones)
+  wanted = jnp.maximum(jnp.floor(jnp.asarray(share, total.dtype) * total), 1.0)
 
   def halve(i, smallest):
     candidate = smallest + (1 << (30 - i))
-    above = jax.tree.map(lambda b: (b >= candidate).astype(jnp.float32), bits)
+    above = jax.tree.map(lambda b: (b >= candidate).astype(total.dtype), bits)
     return jnp.where(space.dot(above, above) >= wanted, candidate, smallest)
 
   smallest = jax.lax.fori_loop(0, 31, halve, jnp.zeros([], jnp.int32))

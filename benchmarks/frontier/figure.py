@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib import lines
 import matplotlib.pyplot as plt
 
 from benchmarks.common import style
@@ -32,7 +33,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     _draw_bars(line[1], results, task, budgets[report.EVALUATIONS], report.EVALUATIONS)
     _draw_ranges(line[2], results, task, budgets[report.STEPS])
   handles = [
-    plt.Line2D([], [], marker='o', color=colour, label=name)
+    lines.Line2D([], [], marker='o', color=colour, label=name)
     for colour, name in zip(COLOURS.values(), NAMES, strict=True)
   ]
   fig.legend(handles=handles, loc='outside upper left', ncols=4, fontsize=13)
