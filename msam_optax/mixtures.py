@@ -1,12 +1,12 @@
 """Methods whose update is made of several gradients: their metric is any."""
 
-from typing import Any
 from typing import Unpack
 
 import jax
 import jax.core
 import optax
 
+from msam_optax import _checks
 from msam_optax import _hyperparameters
 from msam_optax import _numerics
 from msam_optax import _options
@@ -281,7 +281,7 @@ def look_sam(
 @_options.method
 def decoupled_wsam(
   base_optimizer: optax.GradientTransformation,
-  learning_rate: Any,
+  learning_rate: _hyperparameters.Hyperparameter,
   rho: _hyperparameters.Hyperparameter = 0.05,
   gamma: float | jax.Array = 0.9,
   *,
@@ -296,12 +296,16 @@ def decoupled_wsam(
       w ← w + base_optimizer(g) − lr · a (g₁ − g),     a = γ/(1 − γ).
 
   It is an optimizer, and stands where ``base_optimizer`` stood; ``update`` needs
-  ``params`` and ``grad_fn``, as :func:`sharpness_aware` does.
+  ``params`` and ``grad_fn``, as :func:`sharpness_aware` does. What clips, scales or
+  freezes inside ``base_optimizer`` does not reach the sharpness. Freeze leaves behind::
+
+      optax.chain(decoupled_wsam(optax.adam(lr), lr),
+                  optax.masked(optax.set_to_zero(), frozen))
 
   Args:
     base_optimizer: what makes the step of the gradient, its learning rate included.
-    learning_rate: ``lr``, of the sharpness: the optimizer's own in the paper; a number,
-      an array or a schedule.
+    learning_rate: ``lr``, of the sharpness: the optimizer's own in the paper; scalar >=
+      0: a number, an array or an Optax schedule of the step.
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     gamma: ``γ``, scalar, 0 <= γ < 1.
     metric: how the length of a perturbation is measured; Euclidean in the paper.
@@ -331,6 +335,8 @@ def decoupled_wsam(
     Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
     Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023
   """
+  _checks.check_optimizer(base_optimizer, 'decoupled_wsam(optax.adam(1e-3), 1e-3)')
+  _hyperparameters.check_hyperparameter('learning_rate', learning_rate)
   sharpness = optax.chain(
     transformation.sharpness_aware(
       metric, rho, combinations.excess(_weight(gamma)), **options

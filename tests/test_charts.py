@@ -278,6 +278,25 @@ def test_sharded_in_shard_map():
 
 
 @pytest.mark.cpu
+def test_sharded_beside_replicated_leaves():
+  """In a `shard_map` that checks what differs from device to device."""
+  specs = {'kernel': P('model'), 'bias': P()}
+  w = {'kernel': jnp.array([0.3, -0.4, 1.0, 0.2]), 'bias': jnp.array([0.5])}
+  metric = pullback(lambda p: jax.tree.map(jnp.sinh, p), 0.7)
+
+  def step(**options):
+    tx = sharpness_aware(metric, 1.0, **options)
+    grad_fn = lambda w: jax.tree.map(lambda x: x + x**3, w)
+    return lambda w: tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
+
+  mesh = jax.make_mesh((2,), ('model',), axis_types=(jax.sharding.AxisType.Auto,))
+  mapped = jax.shard_map(
+    step(param_specs=specs), mesh=mesh, in_specs=(specs,), out_specs=specs
+  )
+  chex.assert_trees_all_close(jax.jit(mapped)(w), jax.jit(step())(w), rtol=1e-5)
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize('sync_ascent', [True, False])
 def test_replicas_in_a_checked_shard_map(sync_ascent):
   """Parameters that vary by their type, and an ascent that is the mean or does not."""

@@ -491,7 +491,7 @@ def test_wrong_arguments_are_named(method):
     tx.update({'a': W['a']}, state, W)
   with pytest.raises(ValueError, match='found no state of `lagged` or `momentum_sam`'):
     eval_params(base.init(W), W)
-  with pytest.raises(ValueError, match=r'state|structure|key'):
+  with pytest.raises(ValueError, match='eval_params needs'):
     eval_params(state, {'a': W['a']})
 
 
@@ -503,6 +503,11 @@ def test_wrong_arguments_of_each_are_named():
     momentum_sam(base, momentum=0.9)
   with pytest.raises(ValueError, match='`alpha` must be finite'):
     momentum_sam(base, 1.0, np.nan)
+  # The scales of several models would be broadcast along axes of the parameters.
+  square = jnp.stack([jnp.eye(2), jnp.ones((2, 2))])
+  states = jax.vmap(momentum_sam(base).init)(square)
+  with pytest.raises(ValueError, match=r'`jax.vmap\(eval_params\)'):
+    eval_params(states, square)
 
 
 @both
