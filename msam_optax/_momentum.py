@@ -74,7 +74,7 @@ def check_is_of_gradients(base, params, name):
     for _ in range(2):
       _, state = base.update(ones, state, ones)
     v = jax.tree.leaves(find(state, ones, name))
-    total = float(sum(jnp.sum(_numerics.widen(x)) for x in v))
+    total = float(sum(jnp.sum(_numerics.widen(jnp.real(x))) for x in v))
   if total < 0:
     raise ValueError(
       'The momentum of the optimizer in momentum_sam is one of steps, behind the'

@@ -1,5 +1,6 @@
 """Methods whose update is made of several gradients: their metric is any."""
 
+from typing import Any
 from typing import Unpack
 
 import jax
@@ -281,7 +282,7 @@ def look_sam(
 @_options.method
 def decoupled_wsam(
   base_optimizer: optax.GradientTransformation,
-  learning_rate: _hyperparameters.Hyperparameter,
+  learning_rate: Any,
   rho: _hyperparameters.Hyperparameter = 0.05,
   gamma: float | jax.Array = 0.9,
   *,

@@ -463,7 +463,7 @@ def _moved(step, before, after):
     if _momentum.is_masked(old):
       return u
     change = _numerics.widen(new, like=u) - _numerics.widen(old, like=u)
-    return (_numerics.widen(u) + change).astype(u.dtype)
+    return (_numerics.widen(u) + change).astype(jnp.result_type(u))
 
   return jax.tree.map(of_leaf, before, after, step, is_leaf=_momentum.is_masked)
 

@@ -783,6 +783,17 @@ def test_state_can_be_mapped_over_and_made_for_several_models(method):
   chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], updates), first, rtol=1e-6)
 
 
+@both
+def test_a_number_of_python_is_a_parameter(method):
+  tx = METHODS[method](
+    optax.trace(0.9) if method == 'momentum_sam' else optax.scale(2.0)
+  )
+  state = tx.init({'w': 0.5})
+  for grads in {'w': 1.0}, {'w': np.float32(1.0)}:
+    updates, state = tx.update(grads, state, {'w': 0.5})
+    assert np.isfinite(updates['w'])
+
+
 def test_state_says_what_it_is():
   tx = momentum_sam(optax.sgd(0.1, momentum=0.9), rho=0.5)
   state = tx.init(W)

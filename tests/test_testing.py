@@ -163,6 +163,14 @@ def test_the_metric_of_every_method_keeps_the_contract(method):
   testing.assert_metric(ROWS[method].metric, arrays(G), arrays(W))
 
 
+def test_the_state_of_every_metric_can_be_mapped_over():
+  for name, (metric, *_) in METRICS.items():
+    tx = msam_optax.sharpness_aware(metric, 0.1)
+    state = tx.init(arrays(W))
+    mapped = optax.tree.map_params(tx, lambda x: x, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state), name
+
+
 COMPILES_MUCH = ('low_rank_monge', 'neighborhood_monge')
 
 
