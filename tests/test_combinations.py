@@ -1495,7 +1495,8 @@ def test_one_loop_keeps_no_gradient_that_is_not_asked_for(shards):
     lowered = jax.jit(value_and_grad_fn).lower(jnp.ones(size), jnp.ones((8, size)))
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
-  assert temporaries('wsam') - temporaries('sam') >= 4 * size
+  # One more, but for a few scalars.
+  assert temporaries('wsam') - temporaries('sam') >= 0.99 * 4 * size
 
 
 # ----- Properties -----------------------------------------------------------------

@@ -231,3 +231,5 @@ def test_statistics_that_cannot_be_reestimated_are_refused():
     reestimate_batch_stats(lambda stats, x: stats, stats, [])
   with pytest.raises(ValueError, match='no leaf called "mean" or "var"'):
     reestimate_batch_stats(lambda stats, x: stats, {'norm': jnp.zeros(2)}, [X])
+  with pytest.raises(ValueError, match=r'`forward` must return the new statistics'):
+    reestimate_batch_stats(lambda stats, x: {'batch_stats': stats}, stats, [X])

@@ -561,6 +561,7 @@ def by_layers(params, y):
   return jnp.mean((x[:, :2] - y) ** 2)
 
 
+@pytest.mark.slow
 def test_stacked_layers_have_the_adaptive_metric_of_the_layers():
   """Stacked, biases and scales have two dimensions, and are no weights for that."""
   model, rho = Blocks(), 0.5
@@ -723,6 +724,7 @@ def test_an_optimizer_of_more_than_has_gradients_is_told_which():
 HALVES = [(X[:8], Y[:8]), (X[8:], Y[8:])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('outer', [False, True], ids=['inside', 'outside'])
 def test_accumulation(outer):
   """Inside the chain every half has its probe; around it the whole batch has one."""

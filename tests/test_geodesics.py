@@ -105,6 +105,7 @@ def test_rise_of_the_product(x64):
     np.testing.assert_allclose(rise(geodesic(100), np.array(w)), curved, atol=7e-5)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(
   seed=st.integers(0, 2**32 - 1),

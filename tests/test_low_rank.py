@@ -281,6 +281,7 @@ H = np.diag([1.0, 4.0, 9.0])
 quadratic = jax.grad(lambda w: 0.5 * jnp.sum(jnp.array([1.0, 4.0, 9.0]) * w**2))
 
 
+@pytest.mark.slow
 def test_samples_are_gradients_on_a_sphere_around():
   """The gradient is linear, and so the metric known from the points."""
   seen = []
@@ -484,12 +485,17 @@ def test_fisher_alpha_inside_a_step():
       '`radius` must be finite and >= 0',
     ),
     (
+      lambda: neighborhood_monge(1, 0.1, key=0),
+      TypeError,
+      r'`key` of neighborhood_monge\(\) must be one random key',
+    ),
+    (
       lambda: ascend(neighborhood_monge(1, 0.1, key=jax.random.key(0)), ROWS[0]),
       ValueError,
       r'neighborhood_monge\(\) takes gradients near the params',
     ),
   ],
-  ids=range(15),
+  ids=range(16),
 )
 def test_refuses(make, error, message):
   with pytest.raises(error, match=message):
@@ -513,6 +519,23 @@ def test_what_goes_wrong_in_a_compiled_step_is_seen():
     return ascend(low_rank_monge(2, alpha), rows[0], w=rows[0])
 
   assert np.isnan(run(jnp.float32(-1.0)).direction).all()
+
+
+def test_derivative_where_gradients_are_few(x64):
+  """Against finite differences, also while a part of the memory is empty."""
+  metric = low_rank_monge(3, 1.3)
+  rows = jnp.asarray(ROWS[:2], float)
+
+  @jax.jit
+  def total(x):
+    g, w = rows[0] * x + jnp.sin(x * rows[1]), jnp.zeros_like(rows[0])
+    ascent, state = metric.ascend(g, metric.init(w), w)
+    other, _ = metric.ascend(g**2 + rows[1], state, w)
+    return jnp.sum(ascent.direction * rows[1]) + jnp.sum(other.direction * rows[0])
+
+  x, h = 0.7, 1e-5
+  expected = (total(x + h) - total(x - h)) / (2 * h)
+  np.testing.assert_allclose(jax.grad(total)(x), expected, rtol=1e-7)
 
 
 def test_a_checkpoint_is_of_arrays():

@@ -259,6 +259,7 @@ def debugging():
   jax.config.update('jax_debug_infs', False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('debugging')
 @pytest.mark.parametrize('eager', [False, True], ids=['jit', 'disable_jit'])
 @every_kind_slowly

@@ -727,6 +727,7 @@ def test_a_matrix_in_shards_is_refused_by_its_path(spec):
     step(PARAMS)
 
 
+@pytest.mark.slow
 def test_msam_is_monge_over_its_base():
   base = spectral(max_norm())
   params = jax.tree.map(jnp.asarray, PARAMS)

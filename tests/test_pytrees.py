@@ -234,6 +234,7 @@ class Block(nn.Module):
     return nn.LayerNorm()(jnp.tanh(nn.Dense(3)(x))), None
 
 
+@pytest.mark.slow
 def test_layers_of_nn_scan():
   """ASAM's gradient of a scanned model is that of the layers one by one."""
   scanned = nn.scan(
@@ -305,6 +306,7 @@ def fp8_by_hand(loss, variables, rho):
   return clean, jax.grad(loss)({**variables, 'params': moved}), np.sqrt(sum(squares))
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_fp8_scaling_factors_are_not_parameters(fp8):
   """They are in no norm, are not moved, and get the new values of the clean pass."""

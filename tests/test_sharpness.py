@@ -229,6 +229,7 @@ def test_eigenvalues_on_one_side_of_a_tiny_hessian(which):
   np.testing.assert_allclose(got, ends(spectrum, which), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_an_eigenvalue_is_right_or_nan():
   """The smallest of a spectrum are 1e-12 of it apart: Krylov spaces fail on them."""
@@ -246,6 +247,7 @@ def test_a_hessian_that_is_not_finite_has_nan_for_eigenvalues():
     np.testing.assert_array_equal(got, np.nan)
 
 
+@pytest.mark.slow
 def test_eigenvalues_of_a_plane_are_zero():
   got = sharpness.hessian_eigenvalues(lambda w: jnp.sum(w), jnp.ones(100), key=KEY)
   np.testing.assert_allclose(got, [0.0], atol=1e-6)
@@ -288,6 +290,7 @@ def test_stability_matrix_of_paper(fixed_radius, alpha):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_stability_at_equilibria():
   """Eq. 11: near one, the eigenvalues are ``λ(1 + ρ̃λ)`` for ``λ`` of the Hessian."""

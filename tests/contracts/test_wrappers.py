@@ -257,6 +257,7 @@ def test_clipping_before_the_method_changes_its_radius_and_after_it_does_not():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['flax', 'orbax'])
 @every_kind_slowly
 def test_training_that_began_without_the_method_goes_on_with_it(method, how, tmp_path):
@@ -311,6 +312,7 @@ def test_accumulation_after_the_method(method):
   )
 
 
+@pytest.mark.slow
 @every_kind_slowly
 def test_accumulation_of_the_drop_in(method):
   tx = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)

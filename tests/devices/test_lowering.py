@@ -109,6 +109,7 @@ def test_lowers_for(platform, method, interface, dtype):
   assert_exported(through_bytes(exported), platform, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('method', 'interface', 'dtype'),
   # Step by step every operation is compiled alone, and that takes seconds.
