@@ -139,7 +139,7 @@ def test_replicas_choose_on_their_own():
     return tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
 
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('i',))
-  mapped = shard_map(update, mesh=mesh, in_specs=(P(), P('i')), out_specs=P())
+  mapped = jax.shard_map(update, mesh=mesh, in_specs=(P(), P('i')), out_specs=P())
   got = jax.jit(mapped)(jnp.zeros(4), rows)
   wide = np.asarray(rows, np.float64)
   moved = [0.3 * by_sort(g, np.abs(g), 0.5) for g in wide]
