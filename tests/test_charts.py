@@ -158,6 +158,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('change', 'draw'), CHANGES.values(), ids=CHANGES)
 def test_invariant_under_parametrizations(change, draw, x64):
   params = jax.tree.map(jnp.asarray, draw(np.random.default_rng(0)))
@@ -172,6 +173,7 @@ def test_invariant_under_parametrizations(change, draw, x64):
     )
 
 
+@pytest.mark.slow
 def test_factors_of_a_matrix(x64):
   """Their Jacobian is of low rank, and any factors of the matrix move it alike."""
   rng = np.random.default_rng(3)
@@ -327,6 +329,7 @@ def test_replicas_in_a_checked_shard_map(sync_ascent):
   chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivative_of_the_step(x64):
   """With respect to the params, through the solve, against finite differences."""
   chart = lambda w: jnp.stack([jnp.sinh(w[0]) + w[1], w[1] ** 3 + w[1]])

@@ -261,6 +261,7 @@ both_orders = pytest.mark.parametrize('vectorize', [False, True], ids=['scan', '
 # ----- One device -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_metric
 @every_combination
 def test_methods_in_a_chain(name, metric):
@@ -293,6 +294,7 @@ def test_methods_in_a_chain(name, metric):
   assert state.count == 1
 
 
+@pytest.mark.slow
 @passes
 @every_combination
 def test_the_drop_in(name, once):
@@ -1170,6 +1172,7 @@ def test_probes_that_are_not_due_without_jit():
   np.testing.assert_allclose(path, look_sam_truth(5)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_probes_that_are_not_due_under_vmap():
   """Runs side by side, from different parameters."""
   starts = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), make_params())

@@ -198,6 +198,7 @@ def test_a_gradient_per_step_and_one_at_the_probe():
   np.testing.assert_allclose(state.slope, by_chain(monge(2.0))[1].slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{}, {'sync_ascent': True, 'compile_once': True}])
 def test_drop_in_on_micro_batches(options):
   f = value_and_grad(problems.loss, METRIC, RHO, shards=2, **options)

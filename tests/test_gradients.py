@@ -13,7 +13,6 @@ import pytest
 import msam_optax
 from tests import by_hand
 from tests.methods import drop_in
-from tests.methods import every_method
 from tests.methods import every_method_slowly
 from tests.methods import transformation
 from tests.problems import batch
@@ -37,7 +36,7 @@ def test_equals_the_transformation(method):
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('compile_once', [False, True], ids=['two copies', 'one loop'])
-@every_method
+@every_method_slowly
 def test_equals_the_gradient_by_hand(method, compile_once):
   params, data = mlp_params(jnp.float64), batch(dtype=jnp.float64)
   value_and_grad_fn = jax.jit(drop_in(method, loss, compile_once=compile_once))

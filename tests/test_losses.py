@@ -193,6 +193,7 @@ def test_a_batch_that_is_all_empty_is_loud(options):
   assert np.isnan(grads).all()
 
 
+@pytest.mark.slow
 def test_an_empty_part_makes_no_nan_on_the_way():
   w, batch = make_problem()
   with jax.debug_nans(True), jax.disable_jit():
@@ -361,6 +362,7 @@ def test_a_scale_may_be_traced():
   assert_close(f(w, batch, 1024.0), gradient_by_hand())
 
 
+@pytest.mark.slow
 @passes
 @both_syncs
 @pytest.mark.parametrize('pass_', ['clean', 'probe'])

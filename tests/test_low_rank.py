@@ -107,6 +107,7 @@ def test_one_gradient_is_monge_and_all_are_the_empirical_fisher_matrix():
       chex.assert_trees_all_close((direction, slope), tuple(of_monge), rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [1e-30, 1e-3, 1e3, 1e5, 1e30])
 @pytest.mark.parametrize('kind', ['mean', 'one of them', 'nearly the same'])
 def test_float32_at_any_magnitude(kind, size):
@@ -145,6 +146,7 @@ def test_a_gradient_that_is_nearly_along_the_others():
   np.testing.assert_allclose(slope, s, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_the_same_or_zero():
   rows = np.stack([ROWS[0], ROWS[0], 0 * ROWS[0]]).astype(np.float32)
   ascent = ascend(low_rank_monge(alpha=2.0), rows[0], np.float32(W), gradients=rows)
@@ -521,6 +523,7 @@ def test_what_goes_wrong_in_a_compiled_step_is_seen():
   assert np.isnan(run(jnp.float32(-1.0)).direction).all()
 
 
+@pytest.mark.slow
 def test_derivative_where_gradients_are_few(x64):
   """Against finite differences, also while a part of the memory is empty."""
   metric = low_rank_monge(3, 1.3)

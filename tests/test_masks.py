@@ -391,6 +391,7 @@ def test_a_masked_state_under_inject_hyperparams():
   np.testing.assert_allclose(mean['head']['kernel'], [0.3, 0.4], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('target', ['state', 'shapes'])
 def test_a_masked_state_comes_back_from_a_checkpoint(tmp_path, target):
   tx = sharpness_aware(running_mean(), RHO, mask=head)

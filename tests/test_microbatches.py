@@ -99,6 +99,7 @@ def test_micro_batches_where_shardings_are_types(layout, shards, once, vectorize
     assert g.sharding.is_equivalent_to(w.sharding, w.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @has_explicit_sharding
 @pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
@@ -137,6 +138,7 @@ def test_a_batch_that_is_sharded_stays_where_it_is(vectorize, sync):
   assert_close(grads, expected('msam', shards=2, synced=sync)[1])
 
 
+@pytest.mark.slow
 @both_ways
 def test_keyword_arguments_are_split_and_scalars_are_not(vectorize):
   """Each micro-batch sees its own rows, one whole scalar, and the same key."""
@@ -484,6 +486,7 @@ def test_data_without_shards_is_refused(options):
     msam_optax.value_and_grad(loss, **options)
 
 
+@pytest.mark.slow
 def test_means_of_bfloat16_gradients_are_float32_until_the_end():
   """1 + 3/512 is 1 + 2⁻⁷ in bfloat16; with one device's 1 + 2⁻⁸ rounded before, 1."""
   x = 1 + jnp.array([[0.0, 2.0**-7], [2.0**-7, 2.0**-7]])

@@ -61,6 +61,7 @@ def test_the_flag_sees_each_entry(at, bad):
   assert jnp.isfinite(updates['w']).all()
 
 
+@pytest.mark.slow
 def test_the_flag_is_the_same_on_all_replicas():
   tx = msam(axis_name='i')
 
@@ -281,6 +282,7 @@ def test_a_healthy_step_makes_no_nan_on_its_way(method, eager):
     assert state.finite
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('debugging')
 @pytest.mark.parametrize('options', [{}, {'compile_once': True}], ids=str)
 @pytest.mark.parametrize('eager', [False, True], ids=['jit', 'disable_jit'])

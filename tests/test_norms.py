@@ -156,6 +156,7 @@ def test_singular_values_above_a_thousandth_become_one(shape):
   np.testing.assert_allclose(slope, np.sum(values), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_small_singular_values_are_enlarged_as_documented():
   values = np.array([1.0, 1e-4, 1e-5, 1e-6])
   g, _ = with_spectrum(values, (6, 5))

@@ -325,6 +325,7 @@ def test_fp8_scaling_factors_are_not_parameters(fp8):
   assert any(jax.tree.leaves(differ))
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize('both', [False, True], ids=['grad_fn', 'value_and_grad_fn'])
 def test_fp8_in_a_train_state(fp8, both):

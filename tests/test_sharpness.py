@@ -514,6 +514,7 @@ def test_arrays_of_an_equinox_model_as_the_message_says(name):
   chex.assert_tree_all_finite(got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CALLS)
 def test_a_loss_in_half_precision_of_parameters_in_several(name):
   """``Σ (½wᵢ²) + Σ bᵢ²`` at halves, which bfloat16 holds exactly."""
@@ -531,6 +532,7 @@ def test_a_loss_in_half_precision_of_parameters_in_several(name):
     np.testing.assert_allclose(got, [2], rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_parameters_in_single_and_double_precision():
   params = {'a': jnp.ones(2, jnp.float32), 'b': jnp.full(2, 2.0)}

@@ -336,6 +336,7 @@ def test_lost_perturbation_shows_in_radius_and_float32_probe_keeps_it():
   assert updates.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_weights_do_not_drift_at_learning_rate_zero():
   tx = optax.chain(msam_optax.msam(rho=0.1), optax.sgd(0.0))
   params = start = mlp_params(jnp.bfloat16)
@@ -464,6 +465,7 @@ def test_state_is_the_same_before_and_after_in_scan():
   assert np.mean(values[-10:]) < np.mean(values[:10])
 
 
+@pytest.mark.slow
 def test_derivative_through_a_scanned_run():
   tx = optax.chain(msam_optax.msam(rho=0.1), optax.sgd(0.1))
   grad_fn = jax.grad(lambda w: jnp.sum(w**4))

@@ -322,6 +322,7 @@ def test_every_operation_of_a_program_takes_place():
     np.testing.assert_array_equal(same, g)
 
 
+@pytest.mark.slow
 def test_both_ascents_are_the_same():
   shapes = gpu_ascent.transformer_shapes(4, 1, 8)
 

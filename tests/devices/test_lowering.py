@@ -162,6 +162,7 @@ def test_sharded_step_lowers_for(platform, method, interface):
   assert_exported(through_bytes(exported), platform, arguments, DEVICES)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @every_interface
 def test_sharded_exported_step_equals_eager_one_on_one_device(method, interface):
