@@ -23,6 +23,16 @@ def check_arrays(params: Any) -> None:
       )
 
 
+def check_optimizer(optimizer: Any, example: str) -> None:
+  """Raises unless it is an optimizer; ``example`` is the call that was meant."""
+  if not (hasattr(optimizer, 'init') and hasattr(optimizer, 'update')):
+    name, _, _ = example.partition('(')
+    raise TypeError(
+      f'The first argument of {name} is the optimizer that it wraps, as in'
+      f' `{example}`, got {optimizer!r}.'
+    )
+
+
 def check_differentiable(params: Any) -> None:
   """Raises unless the loss can be differentiated in all parameters.
 

@@ -28,7 +28,7 @@ def find(base_state, params, name):
       ' the parameters. Give one that keeps a momentum, such as `optax.sgd(0.1,'
       ' momentum=0.9)` or `optax.adamw(1e-3)`; or the name of the field in its state,'
       " as in `momentum='m1'` (and to eval_params as well); or use `lagged`, which"
-      ' needs none.'
+      ' needs none. (eval_params needs the parameters that belong to the state.)'
     )
 
   def only(path, _, *leaves):
@@ -74,7 +74,7 @@ def check_is_of_gradients(base, params, name):
     for _ in range(2):
       _, state = base.update(ones, state, ones)
     v = jax.tree.leaves(find(state, ones, name))
-    total = float(sum(jnp.sum(_numerics.widen(x)) for x in v))
+    total = float(sum(jnp.sum(_numerics.widen(jnp.real(x))) for x in v))
   if total < 0:
     raise ValueError(
       'The momentum of the optimizer in momentum_sam is one of steps, behind the'
@@ -95,10 +95,19 @@ def aligned(tree, params):
     if is_masked(x):
       return jax.tree.map(lambda _: optax.MaskedNode(), subtree)
     if not jax.tree_util.all_leaves([subtree]) or jnp.shape(x) != jnp.shape(subtree):
-      raise ValueError('The state is not one of these parameters.')
+      raise ValueError(
+        f'A leaf of the state has the shape {jnp.shape(x)}, and the parameters have'
+        f' {jax.tree.map(jnp.shape, subtree)} there.'
+      )
     return x
 
-  return jax.tree.map(of_leaf, tree, params, is_leaf=is_masked)
+  try:
+    return jax.tree.map(of_leaf, tree, params, is_leaf=is_masked)
+  except ValueError as error:
+    raise ValueError(
+      'The state is not one of these parameters: eval_params needs those of the'
+      f' training loop that belong to it. {error}'
+    ) from error
 
 
 def is_masked(x):

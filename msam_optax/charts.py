@@ -136,9 +136,13 @@ def _pulled_back(chart, ridge, arguments, solve):
       w,
       _numerics.widen(_hyperparameters.value_at('ridge', ridge), like=norm),
     )
-    u = jax.lax.custom_linear_solve(
-      product, unit, functools.partial(solve, dot=space.dot), symmetric=True
-    )
+    solver = functools.partial(solve, dot=space.dot)
+    if len({_devices.varying_axes(x) for x in jax.tree.leaves(unit)}) > 1:
+      # As JAX has it, all results of `custom_linear_solve` would vary as one does. A
+      # solution without it has derivatives in forward mode alone.
+      u = solver(product, unit)
+    else:
+      u = jax.lax.custom_linear_solve(product, unit, solver, symmetric=True)
     root = jnp.sqrt(jnp.where(norm > 0, space.dot(unit, u), 1.0))
     direction = jax.tree.map(
       lambda x, g: jnp.where(norm > 0, x / root, 0.0).astype(jnp.result_type(g)),

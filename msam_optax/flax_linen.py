@@ -176,7 +176,7 @@ def reestimate_batch_stats(
 
   Raises:
     ValueError: if there is no batch, no statistic, or if ``forward`` leaves the
-      statistics as they are.
+      statistics as they are, or returns something else.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -207,6 +207,12 @@ def reestimate_batch_stats(
   total, count, batch, last = zeros, 0, None, zeros
   for batch in batches:
     last = forward(zeros, batch)
+    if jax.tree.structure(last) != jax.tree.structure(batch_stats):
+      raise ValueError(
+        '`forward` must return the new statistics, a collection like `batch_stats`, as'
+        " in `model.apply(variables, x, mutable=['batch_stats'])[1]['batch_stats']`. It"
+        f' returns {jax.tree.structure(last)}.'
+      )
     total, count = jax.tree.map(jnp.add, total, last), count + 1
   if not count:
     raise ValueError('`batches` is empty: give at least one.')

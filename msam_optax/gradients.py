@@ -383,7 +383,10 @@ def _parts(ascent_fraction, compile_once):
   """How many parts the batch has of which one is that of the ascent."""
   is_number = isinstance(ascent_fraction, (int, float, np.floating))
   if not is_number or not 0 < ascent_fraction <= 1:
-    raise ValueError(f'`ascent_fraction` must be in (0, 1], got {ascent_fraction!r}.')
+    raise ValueError(
+      '`ascent_fraction` must be in (0, 1], and a number of Python, got'
+      f' {ascent_fraction!r}.'
+    )
   parts = round(1 / ascent_fraction)
   if abs(parts * ascent_fraction - 1) > 1e-6:
     raise ValueError(

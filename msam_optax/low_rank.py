@@ -194,7 +194,7 @@ def neighborhood_monge(
     ``grad_fn``, which :func:`sharpness_aware` passes to it.
 
   Raises:
-    TypeError: if ``samples`` is no integer, or ``base`` no metric.
+    TypeError: if ``samples`` is no integer, ``base`` no metric, or ``key`` no key.
     ValueError: if ``samples`` is less than 1, or a number negative or not finite; from
       ``init``, if ``base`` has a state; from ``ascend``, without ``grad_fn``.
 
@@ -212,6 +212,7 @@ def neighborhood_monge(
     [0.0995]
   """
   check_whole_number('samples', samples)
+  _check_key(key)
   _hyperparameters.check_number('radius', radius)
   _hyperparameters.check_hyperparameter('alpha', alpha)
   metrics.check_metric('base', base)
@@ -281,7 +282,7 @@ def fisher_alpha(
     >>> print(f'{fisher_alpha(jnp.mean(gradients, axis=0), gradients):.4f}')
     0.9583
   """
-  gradients = _like_grads(grads, gradients)
+  gradients = like_grads(grads, gradients)
   unit, n = space.normalize(grads)
   along = jax.vmap(lambda g: space.dot(g, unit))(gradients)
   largest = jnp.max(jnp.abs(along))
@@ -380,11 +381,38 @@ def _orthonormal(inner: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Arr
     roots of ``λₖ``; zero for what cannot be told from rounding.
   """
   weighted = sizes[:, None] * inner * sizes[None]
-  factors, vectors = jnp.linalg.eigh(0.5 * (weighted + weighted.T))
-  seen = factors > 100.0 * jnp.finfo(factors.dtype).eps * jnp.max(factors)
+  factors, vectors = _eigh(0.5 * (weighted + weighted.T))
+  seen = _seen(factors)
   root = jnp.sqrt(jnp.where(seen, factors, 1.0))
   basis = sizes[:, None] * vectors * jnp.where(seen, 1.0 / root, 0.0)[None]
   return basis, jnp.where(seen, root, 0.0)
+
+
+@jax.custom_jvp
+def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Eigenvalues and eigenvectors, also of a matrix whose rank is less than its size.
+
+  JAX's derivative of eigenvectors divides by the difference of the eigenvalues, and
+  those of what is not seen are all zero. Nothing depends on which vectors these are.
+  """
+  factors, vectors = jnp.linalg.eigh(x)
+  return factors, vectors
+
+
+@_eigh.defjvp
+def _eigh_jvp(primals, tangents):
+  factors, vectors = _eigh(*primals)
+  seen = _seen(factors)
+  counts = (seen[:, None] | seen[None]) & ~jnp.eye(len(factors), dtype=bool)
+  gap = jnp.where(counts, factors[None] - factors[:, None], 1.0)
+  change = _product(vectors.T, _product(tangents[0], vectors))
+  turn = jnp.where(counts, change / gap, 0.0)
+  return (factors, vectors), (jnp.diag(change), _product(vectors, turn))
+
+
+def _seen(factors):
+  """Which eigenvalues are more than rounding."""
+  return factors > 100.0 * jnp.finfo(factors.dtype).eps * jnp.max(factors)
 
 
 def _minus(x, y, rows):
@@ -420,6 +448,16 @@ def check_whole_number(name: str, value: Any, or_else: str = '') -> None:
     raise ValueError(f'`{name}` must be at least 1{or_else}, got {value!r}.')
 
 
+def _check_key(key):
+  try:
+    jax.eval_shape(jax.random.fold_in, key, 0)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      '`key` of neighborhood_monge() must be one random key, such as'
+      f' `jax.random.key(0)`, got {key!r}.'
+    ) from error
+
+
 def _of_given(alpha, base):
   """The metric of the gradients that ``update`` is given."""
 
@@ -435,7 +473,7 @@ def _of_given(alpha, base):
         ' `tx.update(grads, state, params, grad_fn=grad_fn, gradients=gradients)`, one'
         ' for each example or micro-batch; or give the rank, how many to remember.'
       )
-    gradients = _like_grads(grads, gradients)
+    gradients = like_grads(grads, gradients)
     ascent = ascend_with(
       grads,
       gradients,
@@ -451,7 +489,7 @@ def _of_given(alpha, base):
   return metrics.Metric(init, ascend)
 
 
-def _like_grads(grads, gradients):
+def like_grads(grads, gradients):
   """The leaves of ``gradients`` that ``grads`` has; raises if they are not like it."""
   is_masked = lambda x: isinstance(x, optax.MaskedNode)
   try:

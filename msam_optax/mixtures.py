@@ -7,6 +7,7 @@ import jax
 import jax.core
 import optax
 
+from msam_optax import _checks
 from msam_optax import _hyperparameters
 from msam_optax import _numerics
 from msam_optax import _options
@@ -310,15 +311,19 @@ def decoupled_wsam(
       w ← w + base_optimizer(g) − lr · a (g₁ − g),     a = γ/(1 − γ).
 
   It is an optimizer, and stands where ``base_optimizer`` stood; ``update`` needs
-  ``params`` and ``grad_fn``, as :func:`sharpness_aware` does.
+  ``params`` and ``grad_fn``, as :func:`sharpness_aware` does. What clips, scales or
+  freezes inside ``base_optimizer`` does not reach the sharpness. Freeze leaves behind::
+
+      optax.chain(decoupled_wsam(optax.adam(lr), lr),
+                  optax.masked(optax.set_to_zero(), frozen))
 
   Two gradients per step, and no memory of its own beside the optimizer's. Take it
   where adaptive moments should not see the sharpness.
 
   Args:
     base_optimizer: what makes the step of the gradient, its learning rate included.
-    learning_rate: ``lr``, of the sharpness: the optimizer's own in the paper; a number,
-      an array or a schedule.
+    learning_rate: ``lr``, of the sharpness: the optimizer's own in the paper; scalar >=
+      0: a number, an array or an Optax schedule of the step.
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
     gamma: ``γ``, scalar, 0 <= γ < 1.
     metric: how the length of a perturbation is measured; Euclidean in the paper.
@@ -348,6 +353,8 @@ def decoupled_wsam(
     Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
     Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023
   """
+  _checks.check_optimizer(base_optimizer, 'decoupled_wsam(optax.adam(1e-3), 1e-3)')
+  _hyperparameters.check_hyperparameter('learning_rate', learning_rate)
   sharpness = optax.chain(
     transformation.sharpness_aware(
       metric, rho, combinations.excess(_weight(gamma)), **options

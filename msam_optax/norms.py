@@ -160,7 +160,8 @@ def per_leaf(
       with the structure of the params or a prefix of it. 0 holds a leaf fixed.
 
   Returns:
-    A :class:`Metric` whose state is the tuple of the leaves' own.
+    A :class:`Metric` whose state is the tuple of the leaves' own; without a state if
+    the base has none.
 
   Raises:
     TypeError: if ``base`` is no metric, or a radius no real number.
@@ -180,14 +181,19 @@ def per_leaf(
   for path, r in jax.tree_util.tree_leaves_with_path(radii):
     _hyperparameters.check_number(f'radii{jax.tree_util.keystr(path)}', r)
 
-  def init(params):
+  def of_each(params):
     return tuple(base.init(_masks.restrict(params, one)) for one in _one_by_one(params))
+
+  def init(params):
+    states = of_each(params)
+    return states if jax.tree.leaves(states) else optax.EmptyState()
 
   def ascend(grads, state, params, **kwargs):
     structure = jax.tree.structure(grads)
+    each = of_each(grads) if isinstance(state, optax.EmptyState) else state
     directions, slope, states = [], jnp.zeros([], _numerics.wide_dtype(grads)), []
     for one, own, r in zip(
-      _one_by_one(grads), state, _broadcast(radii, grads), strict=True
+      _one_by_one(grads), each, _broadcast(radii, grads), strict=True
     ):
       ascent, own = metrics.ascend_on(one, base, grads, own, params, kwargs)
       r = _numerics.widen(_hyperparameters.value_at('radii', r), like=slope)
@@ -199,7 +205,7 @@ def per_leaf(
     _, norm = kwargs.get('space', spaces.LOCAL).normalize(grads)
     usable = (norm > 0) & ~_numerics.is_infinite(slope)
     ascent = metrics.Ascent(structure.unflatten(directions), slope)
-    return _only_where(usable, ascent), tuple(states)
+    return _only_where(usable, ascent), state if each is not state else tuple(states)
 
   return metrics.Metric(init, ascend)
 

@@ -146,7 +146,7 @@ def lagged(
   """
   metrics.check_metric('metric', metric)
   _hyperparameters.check_hyperparameter('rho', rho)
-  _check_optimizer('lagged', base_optimizer)
+  _checks.check_optimizer(base_optimizer, 'lagged(optax.adamw(1e-3))')
   _check_dtype(clean_dtype)
   base = optax.with_extra_args_support(base_optimizer)
 
@@ -277,7 +277,7 @@ def momentum_sam(
   """
   _hyperparameters.check_hyperparameter('rho', rho)
   _hyperparameters.check_hyperparameter('alpha', alpha)
-  _check_optimizer('momentum_sam', base_optimizer)
+  _checks.check_optimizer(base_optimizer, 'momentum_sam(optax.adamw(1e-3))')
   _momentum.check_name(momentum)
   _check_dtype(clean_dtype)
   base = optax.with_extra_args_support(base_optimizer)
@@ -381,6 +381,12 @@ def _clean(state, params, momentum):
     )
   if isinstance(state, LaggedState):
     return _without(params, _momentum.aligned(state.perturbation, params))
+  if jnp.ndim(state.scale):  # It would be broadcast along other axes.
+    raise ValueError(
+      'The state given to eval_params is one of several models or devices, stacked'
+      f' along {jnp.ndim(state.scale)} axis: map over it,'
+      ' `jax.vmap(eval_params)(opt_state, params)`.'
+    )
   v = _momentum_of(state, params, momentum)
   return _without(params, _along(v, state.scale))
 
@@ -457,7 +463,7 @@ def _moved(step, before, after):
     if _momentum.is_masked(old):
       return u
     change = _numerics.widen(new, like=u) - _numerics.widen(old, like=u)
-    return (_numerics.widen(u) + change).astype(u.dtype)
+    return (_numerics.widen(u) + change).astype(jnp.result_type(u))
 
   return jax.tree.map(of_leaf, before, after, step, is_leaf=_momentum.is_masked)
 
@@ -509,14 +515,6 @@ def _check_inputs(name, grads, params, mask, param_specs):
   perturbed = _masks.perturbed(mask, params)
   _devices.check_sharded(grads, param_specs, perturbed)
   return perturbed
-
-
-def _check_optimizer(name, optimizer):
-  if not (hasattr(optimizer, 'init') and hasattr(optimizer, 'update')):
-    raise TypeError(
-      f'The first argument of {name} is the optimizer that it wraps, as in'
-      f' `{name}(optax.adamw(1e-3))`, got {optimizer!r}.'
-    )
 
 
 def _check_dtype(dtype):

@@ -8,7 +8,10 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from msam_optax import _devices
 from msam_optax import _hyperparameters
+from msam_optax import _numerics
+from msam_optax import low_rank
 from msam_optax import metrics
 from msam_optax import spaces
 
@@ -53,11 +56,13 @@ def sparse(
 
   Returns:
     A :class:`Metric` with a :class:`SparseState`: one byte for each parameter. With
-    replicas each has its own choice, unless ``sync_ascent`` is set.
+    replicas each has its own choice, unless ``sync_ascent`` is set; of ``gradients``,
+    which are those of each replica, its own always.
 
   Raises:
     TypeError: if an argument has the wrong type.
-    ValueError: if ``sparsity`` or ``every`` is out of its range.
+    ValueError: if ``sparsity`` or ``every`` is out of its range; from ``ascend``, if
+      ``gradients`` are not like the gradient.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -85,27 +90,47 @@ def sparse(
     return SparseState(jnp.zeros([], jnp.int32), everything, base.init(params))
 
   def ascend(grads, state, params, *, space=spaces.LOCAL, gradients=None, **extra_args):
+    if gradients is not None:
+      gradients = low_rank.like_grads(grads, gradients)
     share = 1.0 - _hyperparameters.value_at('sparsity', sparsity)
+    # At run time it may be out of its range, and nothing is chosen by it.
+    sound = jnp.asarray((share > 0.0) & (share <= 1.0))
+    _, norm = space.normalize(grads)
+
+    def vary(chosen):
+      return _varying(chosen, grads, gradients, norm)
 
     def choose():
       new = _largest(_information(grads, gradients, space), share, space)
-      _, norm = space.normalize(grads)
-      return jax.tree.map(lambda n, o: jnp.where(norm > 0, n, o), new, state.chosen)
+      usable = sound & (norm > 0)
+      return vary(jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, state.chosen))
 
-    chosen = jax.lax.cond(state.count % every == 0, choose, lambda: state.chosen)
+    due = state.count % every == 0
+    chosen = jax.lax.cond(due, choose, lambda: vary(state.chosen))
     ascent, base_state = base.ascend(
       grads, state.base, params, space=space, gradients=gradients, **extra_args
     )
-    # A sparsity that is out of its range at run time is seen.
-    zero = jnp.where(share <= 1.0, 0.0, jnp.nan)
     direction = jax.tree.map(
-      lambda c, d: jnp.where(c, d, zero.astype(d.dtype)), chosen, ascent.direction
+      lambda c, d: jnp.where(c, d, 0.0) + _numerics.zero_if(sound, d.dtype),
+      chosen,
+      ascent.direction,
     )
     slope = space.dot(grads, direction)
     count = optax.safe_increment(state.count)
     return metrics.Ascent(direction, slope), SparseState(count, chosen, base_state)
 
   return metrics.Metric(init, ascend)
+
+
+def _varying(chosen, grads, gradients, norm):
+  """The choice, in the types of one that is made of these gradients on each device."""
+
+  def of_leaf(c, *others):
+    axes = frozenset().union(*(_devices.varying_axes(x) for x in (*others, norm)))
+    return _devices.as_varying(c, axes - _devices.varying_axes(c))
+
+  trees = (grads,) if gradients is None else (grads, gradients)
+  return jax.tree.map(of_leaf, chosen, *trees)
 
 
 def _information(grads, gradients, space):
@@ -128,12 +153,14 @@ def _largest(tree, share, space):
     lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32), tree
   )
   ones = jax.tree.map(jnp.ones_like, tree)
-  wanted = jnp.maximum(jnp.floor(share * space.dot(ones, ones)), 1.0)
+  total = space.dot(ones, ones)
+  wanted = jnp.maximum(jnp.floor(jnp.asarray(share, total.dtype) * total), 1.0)
 
   def halve(i, smallest):
     candidate = smallest + (1 << (30 - i))
-    above = jax.tree.map(lambda b: (b >= candidate).astype(jnp.float32), bits)
+    above = jax.tree.map(lambda b: (b >= candidate).astype(total.dtype), bits)
     return jnp.where(space.dot(above, above) >= wanted, candidate, smallest)
 
-  smallest = jax.lax.fori_loop(0, 31, halve, jnp.zeros([], jnp.int32))
+  zero = jnp.zeros_like(wanted, jnp.int32)  # It varies over devices as the tree does.
+  smallest = jax.lax.fori_loop(0, 31, halve, zero)
   return jax.tree.map(lambda b: b >= smallest, bits)

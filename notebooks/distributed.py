@@ -228,15 +228,15 @@ def dealt(data, devices, shards):
   return jax.tree.map(deal, data)
 
 
-take = value_and_grad(loss_fn, monge(ALPHA), RHO, shards=M)  # <-- the line that differs
-value, grads = jax.jit(take)(params, dealt(data, 1, M))
+drop_in = value_and_grad(loss_fn, monge(ALPHA), RHO, shards=M)  # <-- this line differs
+value, grads = jax.jit(drop_in)(params, dealt(data, 1, M))
 check(f'one device, shards={M}', grads, on_their_own)
 
-take = value_and_grad(loss_fn, monge(ALPHA), RHO, axis_name='i', shards=2)
+drop_in = value_and_grad(loss_fn, monge(ALPHA), RHO, axis_name='i', shards=2)
 vary = lambda params: jax.lax.pcast(params, 'i', to='varying')
 grads = jax.jit(
   jax.shard_map(
-    lambda params, data: take(vary(params), data)[1],
+    lambda params, data: drop_in(vary(params), data)[1],
     mesh=Mesh(np.array(jax.devices()[:4]), ('i',)),
     in_specs=(P(), P('i')),
     out_specs=P(),

@@ -43,6 +43,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from matplotlib import ticker
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -167,9 +168,13 @@ def run(tx, params, pictures, rows):
 
   def step(carry, rows):
     params, state = carry
-    take = jax.value_and_grad(lambda p: loss_fn(p, text[rows], pictures[rows]))
-    loss, grads = take(params)
-    updates, state = tx.update(grads, state, params, value_and_grad_fn=take, value=loss)
+    value_and_grad_fn = jax.value_and_grad(
+      lambda p: loss_fn(p, text[rows], pictures[rows])
+    )
+    loss, grads = value_and_grad_fn(params)
+    updates, state = tx.update(
+      grads, state, params, value_and_grad_fn=value_and_grad_fn, value=loss
+    )
     names = ('slope', 'radius', 'rise')
     log = {name: optax.tree.get(state, name, 0.0) for name in names}
     log |= {'loss': loss, 'norm': optax.tree.norm(grads)}
@@ -233,9 +238,9 @@ cells['SAM, matched'] = sweep(cells['Monge SAM']['radius'].mean((1, 2)), 0.0)
 def plain_numbers(*axes):
   """Ticks of a logarithmic axis at 1, 2, 5, 10 and so on."""
   for axis in axes:
-    axis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter('{x:g}')
-    axis.set_minor_locator(plt.NullLocator())
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 SHOWN = 4

@@ -35,7 +35,7 @@ def gradient(
   parts: int = 1,
   shards: int = 1,
   **options: Any,
-) -> tuple[np.ndarray, Any]:
+) -> tuple[np.floating, Any]:
   """The loss of a batch and its sharpness-aware gradient.
 
   Args:
@@ -143,7 +143,7 @@ def slope(method: str | Method, params: Any, grads: Any) -> float:
 
 def train(
   method: str | Method,
-  take: Callable[..., Any],
+  grad_fn: Callable[..., Any],
   params: Any,
   state: Any,
   batches: Any,
@@ -154,10 +154,10 @@ def train(
 
   Args:
     method: a key of ``METHODS``, or a row.
-    take: ``(params, state, batch) -> (grads, new state)``, the plain gradient.
+    grad_fn: ``(params, state, batch) -> (grads, new state)``, the plain gradient.
     params: pytree of arrays.
     state: what the model carries from batch to batch, statistics for example.
-    batches: what ``take`` gets, one a step.
+    batches: what ``grad_fn`` gets, one per step.
     optimizer: :func:`sgd` or :func:`adam`.
     **options: those of :func:`update`.
 
@@ -169,7 +169,7 @@ def train(
     states = []
 
     def plain(w, state=state, batch=batch, states=states):
-      grads, new_state = take(w, state, batch)
+      grads, new_state = grad_fn(w, state, batch)
       states.append(new_state)
       return grads
 

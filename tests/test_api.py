@@ -71,7 +71,7 @@ def test_docstring_is_complete(name):
 
 
 def test_shared_options_are_described_once():
-  doc = inspect.getdoc(msam_optax.sharpness_aware)
+  doc = inspect.getdoc(msam_optax.sharpness_aware) or ''
   for option in msam_optax.Options.__annotations__:
     assert re.search(rf'^ +{option}: ', doc, re.M), option
 

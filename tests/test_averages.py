@@ -233,7 +233,7 @@ def test_the_memory_is_of_the_mean_over_replicas(name):
   gradients = STEPS.reshape(2, 2, 6).astype(np.float32)  # Steps, replicas.
 
   def both_steps(gradients):
-    state = tx.init(w)
+    probes, state = None, tx.init(w)
     for g in gradients:
       probes, state = tx.update(g, state, w, grad_fn=lambda probe: probe)
     return probes, state
@@ -266,7 +266,7 @@ def test_sharded_over_devices(name):
   alone = sharpness_aware(metric, 0.1, axis_name='data')
 
   def steps(tx, w, x):
-    state = tx.init(w)
+    update, state = None, tx.init(w)
     for i in range(2):
       grad_fn = lambda w, i=i: jax.tree.map(lambda p: p * x[i] + x[1 - i], w)
       update, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)

@@ -80,6 +80,7 @@ def test_dense_solve(x64):
     np.testing.assert_allclose(slope, np.sqrt(g @ u), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_stopped_early_it_is_the_steepest_of_what_was_tried(x64):
   """Of length one under the metric, and the steepest in a Krylov space."""
   params, data = float64((PARAMS, BATCH))
@@ -100,6 +101,7 @@ def test_stopped_early_it_is_the_steepest_of_what_was_tried(x64):
     krylov[-1] /= np.linalg.norm(krylov[-1])
 
 
+@pytest.mark.slow
 def test_gradients_of_any_size():
   """In float32: the direction of the base does not depend on the length."""
   grads = jax.grad(problems.loss)(PARAMS, BATCH)
@@ -156,6 +158,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('change', 'draw'), CHANGES.values(), ids=CHANGES)
 def test_invariant_under_parametrizations(change, draw, x64):
   params = jax.tree.map(jnp.asarray, draw(np.random.default_rng(0)))
@@ -170,6 +173,7 @@ def test_invariant_under_parametrizations(change, draw, x64):
     )
 
 
+@pytest.mark.slow
 def test_factors_of_a_matrix(x64):
   """Their Jacobian is of low rank, and any factors of the matrix move it alike."""
   rng = np.random.default_rng(3)
@@ -278,6 +282,26 @@ def test_sharded_in_shard_map():
 
 
 @pytest.mark.cpu
+def test_sharded_beside_replicated_leaves():
+  """In a `shard_map` that checks what differs from device to device."""
+  specs = {'kernel': P('model'), 'bias': P()}
+  w = {'kernel': jnp.array([0.3, -0.4, 1.0, 0.2]), 'bias': jnp.array([0.5])}
+  metric = pullback(lambda p: jax.tree.map(jnp.sinh, p), 0.7)
+
+  def step(**options):
+    tx = sharpness_aware(metric, 1.0, **options)
+    grad_fn = lambda w: jax.tree.map(lambda x: x + x**3, w)
+    return lambda w: tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
+
+  mesh = jax.make_mesh((2,), ('model',), axis_types=(jax.sharding.AxisType.Auto,))
+  mapped = jax.shard_map(
+    step(param_specs=specs), mesh=mesh, in_specs=(specs,), out_specs=specs
+  )
+  chex.assert_trees_all_close(jax.jit(mapped)(w), jax.jit(step())(w), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.cpu
 @pytest.mark.parametrize('sync_ascent', [True, False])
 def test_replicas_in_a_checked_shard_map(sync_ascent):
   """Parameters that vary by their type, and an ascent that is the mean or does not."""
@@ -305,6 +329,7 @@ def test_replicas_in_a_checked_shard_map(sync_ascent):
   chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivative_of_the_step(x64):
   """With respect to the params, through the solve, against finite differences."""
   chart = lambda w: jnp.stack([jnp.sinh(w[0]) + w[1], w[1] ** 3 + w[1]])

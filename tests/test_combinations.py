@@ -25,11 +25,6 @@ import msam_optax
 from msam_optax import flax_linen
 from msam_optax import flax_nnx
 
-if hasattr(jax, 'shard_map'):
-  shard_map = jax.shard_map
-else:
-  from jax.experimental.shard_map import shard_map
-
 RHO = 0.3
 ROWS = 32
 PARTS = 4
@@ -214,9 +209,11 @@ def chain(name, metric='monge', loss=loss, **kwargs):
   tx = msam_optax.sharpness_aware(METRICS[metric][0], RHO, combination, **kwargs)
 
   def step(params, data):
-    take = jax.value_and_grad(lambda p: loss(p, data))
-    value, grads = take(params)
-    updates, _ = tx.update(grads, tx.init(params), params, value_and_grad_fn=take)
+    value_and_grad_fn = jax.value_and_grad(lambda p: loss(p, data))
+    value, grads = value_and_grad_fn(params)
+    updates, _ = tx.update(
+      grads, tx.init(params), params, value_and_grad_fn=value_and_grad_fn
+    )
     return value, updates
 
   return step
@@ -264,6 +261,7 @@ both_orders = pytest.mark.parametrize('vectorize', [False, True], ids=['scan', '
 # ----- One device -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_metric
 @every_combination
 def test_methods_in_a_chain(name, metric):
@@ -272,10 +270,12 @@ def test_methods_in_a_chain(name, metric):
 
   @jax.jit
   def step(params, data):
-    take = jax.value_and_grad(lambda p: loss(p, data))
-    value, grads = take(params)
+    value_and_grad_fn = jax.value_and_grad(lambda p: loss(p, data))
+    value, grads = value_and_grad_fn(params)
     state = tx.init(params)
-    return tx.update(grads, state, params, value_and_grad_fn=take, value=value)
+    return tx.update(
+      grads, state, params, value_and_grad_fn=value_and_grad_fn, value=value
+    )
 
   params = make_params()
   updates, state = step(params, make_data())
@@ -294,6 +294,7 @@ def test_methods_in_a_chain(name, metric):
   assert state.count == 1
 
 
+@pytest.mark.slow
 @passes
 @every_combination
 def test_the_drop_in(name, once):
@@ -381,10 +382,10 @@ def test_injected_numbers_may_change(name):
 @names('gsam')
 def test_micro_batches(name, once, vectorize, sync):
   """What is combined are the means over all micro-batches."""
-  take = drop_in(
+  value_and_grad_fn = drop_in(
     name, shards=4, vectorize_shards=vectorize, sync_ascent=sync, compile_once=once
   )
-  value, grads = jax.jit(take)(make_params(), make_data())
+  value, grads = jax.jit(value_and_grad_fn)(make_params(), make_data())
   want_value, want, *_ = truth(name, cuts=strided(4), synced=sync)
   np.testing.assert_allclose(value, want_value, rtol=1e-6)
   assert_close(grads, want)
@@ -409,7 +410,7 @@ def counted_data(counts):
 def test_examples_count_by_their_weights(name, once, sync):
   """One of four micro-batches is empty, and the others differ."""
   counts = counts_with(strided(4)[1])
-  take = drop_in(
+  value_and_grad_fn = drop_in(
     name,
     loss=counted_loss,
     shards=4,
@@ -418,7 +419,7 @@ def test_examples_count_by_their_weights(name, once, sync):
     has_weight=True,
     loss_scale=1024.0,
   )
-  value, grads = jax.jit(take)(make_params(), counted_data(counts))
+  value, grads = jax.jit(value_and_grad_fn)(make_params(), counted_data(counts))
   want_value, want, *_ = truth(name, cuts=strided(4), synced=sync, counts=counts)
   np.testing.assert_allclose(value, want_value, rtol=1e-6)
   assert_close(grads, want)
@@ -430,7 +431,7 @@ def test_examples_count_by_their_weights(name, once, sync):
 @passes
 @names('cr_sam')
 def test_parameters_in_several_arguments(name, once):
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     lambda a, data, b: loss({'a': a, 'b': b}, data),
     METRICS['monge'][0],
     RHO,
@@ -440,7 +441,7 @@ def test_parameters_in_several_arguments(name, once):
     compile_once=once,
   )
   params = make_params()
-  _, grads = jax.jit(take)(params['a'], make_data(), params['b'])
+  _, grads = jax.jit(value_and_grad_fn)(params['a'], make_data(), params['b'])
   assert isinstance(grads, tuple)
   assert_close(grads, truth(name, cuts=strided(2))[1])
 
@@ -537,8 +538,10 @@ def test_leaves_without_gradients_are_not_in_a_combination(name, jit):
 
   def grad_fn(params):
     a, b, z = (params[name] for name in 'abz')
-    take = jax.grad(lambda a, b, z: loss({'a': a, 'b': b}, data) * size(z), (0, 1, 2))
-    a, b, z = take(a, b, z)
+    gradients_of = jax.grad(
+      lambda a, b, z: loss({'a': a, 'b': b}, data) * size(z), (0, 1, 2)
+    )
+    a, b, z = gradients_of(a, b, z)
     return {
       'a': a,
       'b': b,
@@ -558,7 +561,7 @@ def test_leaves_without_gradients_are_not_in_a_combination(name, jit):
   assert updates['frozen'] is None
   assert updates['count'].dtype == jax.dtypes.float0
   assert updates['z'].dtype == jnp.complex64
-  np.testing.assert_array_equal(updates['_overwrite_with_gradient']['amax'], [50, 60])
+  np.testing.assert_array_equal(optax.tree.get(updates, 'amax'), [50, 60])
 
   _, formula, scales = COMBINATIONS[name]
   x, y = (np.asarray(v, np.float64) for v in data)
@@ -608,7 +611,7 @@ def in_shard_map(step, check_vma):
     return jax.tree.map(lambda x: jnp.asarray(x)[None], results)
 
   return jax.jit(
-    shard_map(
+    jax.shard_map(
       inner,
       mesh=mesh(i=PARTS),
       in_specs=(P(), P('i')),
@@ -752,8 +755,10 @@ def sharded_chain(name):
 
 def sharded_drop_in(name, once):
   specs = {'part': P('i'), 'all': P()}
-  take = drop_in(name, loss=sharded_loss, param_specs=specs, compile_once=once)
-  return lambda params, h: take(params, h)[1]
+  value_and_grad_fn = drop_in(
+    name, loss=sharded_loss, param_specs=specs, compile_once=once
+  )
+  return lambda params, h: value_and_grad_fn(params, h)[1]
 
 
 @cpu
@@ -768,7 +773,7 @@ def test_inner_products_of_sharded_parameters_are_of_the_whole(name, way, check_
   specs = {'part': P('i'), 'all': P()}
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), WHOLE)
   got = jax.jit(
-    shard_map(
+    jax.shard_map(
       step,
       mesh=mesh(i=PARTS),
       in_specs=(specs, P('i')),
@@ -799,7 +804,7 @@ MESSAGES = {
 def gradients_sent(step, size):
   """Gradients of ``size`` numbers that are summed, and messages that hold one."""
   inner = lambda w, x: step(w, x)[1]
-  mapped = shard_map(
+  mapped = jax.shard_map(
     inner,
     mesh=mesh(i=PARTS),
     in_specs=(P(), P('i')),
@@ -865,10 +870,10 @@ def model_loss(model, data):
 @names('gsam', 'cr_sam')
 def test_nnx_drop_in(name, once):
   model, data = Model(), make_data()
-  take = flax_nnx.value_and_grad(
+  value_and_grad_fn = flax_nnx.value_and_grad(
     model_loss, METRICS['monge'][0], RHO, COMBINATIONS[name][0], compile_once=once
   )
-  value, grads = nnx.jit(take)(model, data)
+  value, grads = nnx.jit(value_and_grad_fn)(model, data)
   want_value, want, *_ = truth(name)
   np.testing.assert_allclose(value, want_value, rtol=1e-6)
   assert_close([grads['a'][...], grads['b'][...]], want)
@@ -974,8 +979,8 @@ def spoilt_step(name, way, sync):
   """``(params, slopes) -> (finite, updates)``, compiled once for all bad numbers."""
   kwargs = {'axis_name': 'i', 'sync_ascent': sync}
   if way != 'chain':
-    take = WAYS[way](name, loss=spoilt_loss, **kwargs)
-    step = lambda w, data: (jnp.array(False), take(w, data)[1])
+    value_and_grad_fn = WAYS[way](name, loss=spoilt_loss, **kwargs)
+    step = lambda w, data: (jnp.array(False), value_and_grad_fn(w, data)[1])
   else:
     tx = chain_of(name, **kwargs)
 
@@ -1167,6 +1172,7 @@ def test_probes_that_are_not_due_without_jit():
   np.testing.assert_allclose(path, look_sam_truth(5)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_probes_that_are_not_due_under_vmap():
   """Runs side by side, from different parameters."""
   starts = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), make_params())
@@ -1204,9 +1210,9 @@ def replicated_look_sam():
   def steps(params, data):
     def step(carry, _):
       params, state = carry
-      take = jax.grad(lambda p: loss(p, data))
+      grad_fn = jax.grad(lambda p: loss(p, data))
       own = vary(params)
-      updates, state = tx.update(take(own), state, own, grad_fn=take)
+      updates, state = tx.update(grad_fn(own), state, own, grad_fn=grad_fn)
       params = jax.tree.map(lambda w, u: w - RATE * u, params, updates)
       return (params, state), (params, state)
 
@@ -1214,7 +1220,7 @@ def replicated_look_sam():
     return jax.tree.map(lambda x: x[None], results)
 
   return jax.jit(
-    shard_map(
+    jax.shard_map(
       steps,
       mesh=mesh(i=PARTS),
       in_specs=(P(), P('i')),
@@ -1291,20 +1297,20 @@ def test_the_state_of_a_combination_goes_through_optax_and_a_checkpoint():
 @pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
 def test_functions_refuse_what_needs_a_state(once):
   stateful = look_sam()._replace(due=None)
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     loss, msam_optax.monge(), RHO, stateful, compile_once=once
   )
   with pytest.raises(ValueError, match=r'combination keeps a state .*`optax\.chain`'):
-    take(make_params(), make_data())
+    value_and_grad_fn(make_params(), make_data())
   with pytest.raises(ValueError, match=r'\(`due`\), and `value_and_grad` '):
     msam_optax.value_and_grad(
       loss, msam_optax.monge(), RHO, look_sam(), compile_once=once
     )
-  take = flax_nnx.value_and_grad(
+  value_and_grad_fn = flax_nnx.value_and_grad(
     model_loss, msam_optax.monge(), RHO, stateful, compile_once=once
   )
   with pytest.raises(ValueError, match=r'combination keeps a state .*`optax\.chain`'):
-    take(Model(), make_data())
+    value_and_grad_fn(Model(), make_data())
   with pytest.raises(ValueError, match=r'\(`due`\), and `value_and_grad` '):
     flax_nnx.value_and_grad(
       model_loss, msam_optax.monge(), RHO, look_sam(), compile_once=once
@@ -1486,11 +1492,14 @@ def test_one_loop_keeps_no_gradient_that_is_not_asked_for(shards):
   quartic = lambda w, x: jnp.sum(jnp.mean(jnp.sin(x * w[None]), 0) ** 2)
 
   def temporaries(name):
-    take = drop_in(name, 'euclidean', quartic, compile_once=True, shards=shards)
-    lowered = jax.jit(take).lower(jnp.ones(size), jnp.ones((8, size)))
+    value_and_grad_fn = drop_in(
+      name, 'euclidean', quartic, compile_once=True, shards=shards
+    )
+    lowered = jax.jit(value_and_grad_fn).lower(jnp.ones(size), jnp.ones((8, size)))
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
-  assert temporaries('wsam') - temporaries('sam') >= 4 * size
+  # One more, but for a few scalars.
+  assert temporaries('wsam') - temporaries('sam') >= 0.99 * 4 * size
 
 
 # ----- Properties -----------------------------------------------------------------

@@ -91,9 +91,9 @@ def test_grad_fn_misspelt():
 
 
 def test_both_functions_given():
-  take = jax.value_and_grad(quadratic)
+  value_and_grad_fn = jax.value_and_grad(quadratic)
   with pytest.raises(ValueError, match='give only the latter'):
-    update(msam(), grad_fn=jax.grad(quadratic), value_and_grad_fn=take)
+    update(msam(), grad_fn=jax.grad(quadratic), value_and_grad_fn=value_and_grad_fn)
 
 
 def test_params_missing():
@@ -117,9 +117,11 @@ def test_grad_fn_returns_aux_too():
 
 
 def test_value_and_grad_fn_returns_aux_too():
-  take = jax.value_and_grad(lambda p: (quadratic(p), jnp.ones(3)), has_aux=True)
+  value_and_grad_fn = jax.value_and_grad(
+    lambda p: (quadratic(p), jnp.ones(3)), has_aux=True
+  )
   with pytest.raises(ValueError, match='With `has_aux=True` drop the auxiliary'):
-    update(msam(), value_and_grad_fn=take)
+    update(msam(), value_and_grad_fn=value_and_grad_fn)
 
 
 def test_value_and_grad_fn_returns_grads_only():
@@ -128,9 +130,9 @@ def test_value_and_grad_fn_returns_grads_only():
 
 
 def test_value_not_scalar():
-  take = jax.value_and_grad(quadratic)
+  value_and_grad_fn = jax.value_and_grad(quadratic)
   with pytest.raises(ValueError, match=r'`value`, the loss .* got shape \(2,\)'):
-    update(msam(), value_and_grad_fn=take, value=jnp.ones(2))
+    update(msam(), value_and_grad_fn=value_and_grad_fn, value=jnp.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -207,12 +209,12 @@ def test_schedule_in_drop_in(drop_in):
 def test_metric_with_state_in_drop_in():
   metric = msam_optax.monge(alpha=optax.constant_schedule(1.0))
   model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
-  for take, params in (
+  for value_and_grad_fn, params in (
     (msam_optax.value_and_grad(quadratic, metric), PARAMS),
     (flax_nnx.value_and_grad(lambda m: jnp.sum(m.kernel[...]), metric), model),
   ):
     with pytest.raises(ValueError, match='use the transformation `sharpness_aware'):
-      take(params)
+      value_and_grad_fn(params)
 
 
 @pytest.mark.parametrize(
@@ -261,9 +263,9 @@ def test_gradient_function_of_an_nnx_model(name):
   model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
   optimizer = nnx.Optimizer(model, msam(), wrt=nnx.Param)
   loss_fn = lambda model: jnp.sum(model(jnp.ones((1, 2))))
-  take = {'grad_fn': nnx.grad, 'value_and_grad_fn': nnx.value_and_grad}[name](loss_fn)
+  transform = {'grad_fn': nnx.grad, 'value_and_grad_fn': nnx.value_and_grad}[name]
   with pytest.raises(TypeError) as error:
-    optimizer.update(model, nnx.grad(loss_fn)(model), **{name: take})
+    optimizer.update(model, nnx.grad(loss_fn)(model), **{name: transform(loss_fn)})
   assert f'`{name}=flax_nnx.{name}(loss, model, batch)`' in ' '.join(
     error.value.__notes__
   )

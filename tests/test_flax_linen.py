@@ -65,10 +65,12 @@ def loss_fn(params, state, key):
 
 @jax.jit
 def train_step(state, key):
-  take = jax.value_and_grad(lambda p: loss_fn(p, state, key), has_aux=True)
-  (loss, batch_stats), grads = take(state.params)
+  value_and_grad_fn = jax.value_and_grad(lambda p: loss_fn(p, state, key), has_aux=True)
+  (loss, batch_stats), grads = value_and_grad_fn(state.params)
   state = state.apply_gradients(
-    grads=grads, grad_fn=lambda params: take(params)[1], batch_stats=batch_stats
+    grads=grads,
+    grad_fn=lambda params: value_and_grad_fn(params)[1],
+    batch_stats=batch_stats,
   )
   return state, loss
 
@@ -100,8 +102,8 @@ def test_drop_in_does_the_same_with_flax_own_state(method):
   flax_state = train_state.TrainState.create(
     apply_fn=MODEL.apply, params=ours.params, tx=optax.sgd(0.1)
   )
-  take = drop_in(method, lambda p: loss_fn(p, ours, key), has_aux=True)
-  (_, batch_stats), grads = take(flax_state.params)
+  value_and_grad_fn = drop_in(method, lambda p: loss_fn(p, ours, key), has_aux=True)
+  (_, batch_stats), grads = value_and_grad_fn(flax_state.params)
   after, _ = train_step(ours, key)
   chex.assert_trees_all_close(
     flax_state.apply_gradients(grads=grads).params, after.params, rtol=1e-5, atol=1e-6
@@ -229,3 +231,5 @@ def test_statistics_that_cannot_be_reestimated_are_refused():
     reestimate_batch_stats(lambda stats, x: stats, stats, [])
   with pytest.raises(ValueError, match='no leaf called "mean" or "var"'):
     reestimate_batch_stats(lambda stats, x: stats, {'norm': jnp.zeros(2)}, [X])
+  with pytest.raises(ValueError, match=r'`forward` must return the new statistics'):
+    reestimate_batch_stats(lambda stats, x: {'batch_stats': stats}, stats, [X])

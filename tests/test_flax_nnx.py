@@ -175,8 +175,8 @@ def test_other_objects_are_changed_once(once):
     return loss
 
   metric = nnx.metrics.Average()
-  take = flax_nnx.value_and_grad(counting, argnums=1, compile_once=once)
-  loss, _ = take(metric, make(), X, Y)
+  value_and_grad_fn = flax_nnx.value_and_grad(counting, argnums=1, compile_once=once)
+  loss, _ = value_and_grad_fn(metric, make(), X, Y)
   assert metric.count[...] == 1
   chex.assert_trees_all_close(metric.compute(), loss, rtol=1e-6)
 
@@ -211,8 +211,8 @@ def test_a_batch_that_the_loss_function_overwrites_stays_as_it_was(once):
     return loss_fn(model, batch['x'], batch['y'])
 
   batch, model = {'x': X, 'y': Y}, nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-  take = flax_nnx.value_and_grad(preprocessing, compile_once=once)
-  assert take(model, batch)[0] == take(model, batch)[0]
+  value_and_grad_fn = flax_nnx.value_and_grad(preprocessing, compile_once=once)
+  assert value_and_grad_fn(model, batch)[0] == value_and_grad_fn(model, batch)[0]
   assert batch['x'] is X
 
 
@@ -239,9 +239,9 @@ def test_parameters_that_go_through_a_transform_keep_their_dtype(transform, once
 
 @passes
 def test_an_argument_without_parameters_is_named(once):
-  take = flax_nnx.value_and_grad(loss_fn, argnums=1, compile_once=once)
+  value_and_grad_fn = flax_nnx.value_and_grad(loss_fn, argnums=1, compile_once=once)
   with pytest.raises(ValueError, match=r'argument number 1.*no variables of the type'):
-    take(make(), X, Y)
+    value_and_grad_fn(make(), X, Y)
 
 
 @pytest.mark.parametrize('wrap', [lambda f: f, nnx.remat], ids=['plain', 'remat'])
@@ -250,9 +250,11 @@ def test_a_loop_carries_no_copy_of_what_it_does_not_change(wrap):
   model = nnx.LoRALinear(3, 2, lora_rank=5, rngs=nnx.Rngs(0))
   loss_fn = lambda model, x, y: jnp.mean((wrap(lambda m, x: m(x))(model, x) - y) ** 2)
   wrt = nnx.DiffState(0, nnx.LoRAParam)
-  take = flax_nnx.value_and_grad(loss_fn, argnums=wrt, compile_once=True)
+  value_and_grad_fn = flax_nnx.value_and_grad(loss_fn, argnums=wrt, compile_once=True)
   graph, state = nnx.split(model)
-  program = jax.make_jaxpr(lambda state: take(nnx.merge(graph, state), X, Y))(state)
+  program = jax.make_jaxpr(
+    lambda state: value_and_grad_fn(nnx.merge(graph, state), X, Y)
+  )(state)
   # The loop also returns the clean gradient, which only some combinations need. What
   # is not needed is left out before a program is compiled.
   used = [True] * len(program.jaxpr.outvars)
@@ -280,14 +282,14 @@ def test_shard_map(sharded, method, once):
 
   def step(state, x, y):
     model = nnx.merge(graph, test_parallel.vary(state, 'data'))
-    take = drop_in(
+    value_and_grad_fn = drop_in(
       method,
       squares,
       axis_name='data',
       param_specs=specs if sharded else None,
       compile_once=once,
     )
-    return take(model, x, y)[1]
+    return value_and_grad_fn(model, x, y)[1]
 
   grads = test_parallel.on_devices(
     step,
@@ -325,13 +327,13 @@ def test_rise_is_recorded_with_auxiliary_output():
   model, rho = make(), 0.5
   optimizer = nnx.Optimizer(model, msam(rho=rho), wrt=nnx.Param)
   start = nnx.clone(model)
-  take = flax_nnx.value_and_grad_fn(with_aux, model, X, Y, has_aux=True)
+  value_and_grad_fn = flax_nnx.value_and_grad_fn(with_aux, model, X, Y, has_aux=True)
   (loss, _), grads = nnx.value_and_grad(with_aux, has_aux=True)(model, X, Y)
   n = optax.tree.norm(grads)
   moved = nnx.clone(start)
   delta = jax.tree.map(lambda g: rho * g / (n * jnp.sqrt(1 + n**2)), grads)
   nnx.update(moved, jax.tree.map(jnp.add, nnx.state(start, nnx.Param), delta))
-  optimizer.update(model, grads, value_and_grad_fn=take, value=loss)
+  optimizer.update(model, grads, value_and_grad_fn=value_and_grad_fn, value=loss)
   rise = optax.tree.get(optimizer.opt_state, 'rise')[...]
   np.testing.assert_allclose(rise, loss_fn(moved, X, Y) - loss, rtol=1e-4)
 
@@ -396,8 +398,8 @@ def test_a_pass_that_changes_what_is_trained(interface):
     # The optimizer has the parameters as the pass has left them.
     want = jax.grad(plain)(by_hand.probe('msam', unit, jax.grad(plain)(start), 0.3))
     optimizer = nnx.Optimizer(model, msam(rho=0.3), wrt=nnx.Param)
-    take = flax_nnx.grad_fn(loss_fn, model)
-    optimizer.update(model, nnx.grad(loss_fn)(model), grad_fn=take)
+    grad_fn = flax_nnx.grad_fn(loss_fn, model)
+    optimizer.update(model, nnx.grad(loss_fn)(model), grad_fn=grad_fn)
     grads = {'w': model.w[...] - unit}
   np.testing.assert_allclose(grads['w'][...], want, rtol=1e-4, atol=1e-6)
 
@@ -439,7 +441,7 @@ def test_a_model_with_a_shape(once):
 LOSSES = {
   'a module': lambda: Weighted(),
   'jitted': lambda: nnx.jit(loss_fn),
-  'a jitted module': lambda: nnx.jit(lambda *args: Weighted()(*args)),
+  'a jitted module': lambda: nnx.jit(lambda model, x, y: Weighted()(model, x, y)),
   'partial': lambda: functools.partial(lambda f, *args: f(*args), loss_fn),
 }
 
@@ -461,9 +463,13 @@ class Weighted(nnx.Module):
 @pytest.mark.parametrize('name', LOSSES)
 def test_what_a_loss_function_may_be(name, once):
   model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-  take = flax_nnx.value_and_grad(LOSSES[name](), rho=0.3, compile_once=once)
+  value_and_grad_fn = flax_nnx.value_and_grad(
+    LOSSES[name](), rho=0.3, compile_once=once
+  )
   _, want = flax_nnx.value_and_grad(loss_fn, rho=0.3)(model, X, Y)
-  chex.assert_trees_all_close(take(model, X, Y)[1], want, rtol=1e-5, atol=1e-7)
+  chex.assert_trees_all_close(
+    value_and_grad_fn(model, X, Y)[1], want, rtol=1e-5, atol=1e-7
+  )
 
 
 @passes
@@ -491,21 +497,21 @@ def test_what_a_loss_function_returns(name, once):
   change, has_aux, match = WRONG[name]
   wrong = lambda model, x, y: change(loss_fn(model, x, y))
   model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-  take = flax_nnx.value_and_grad(wrong, has_aux=has_aux, compile_once=once)
+  value_and_grad_fn = flax_nnx.value_and_grad(wrong, has_aux=has_aux, compile_once=once)
   with pytest.raises(TypeError, match='`loss_fn`') as caught:
-    take(model, X, Y)
+    value_and_grad_fn(model, X, Y)
   assert caught.match(match)
   for make_function in (flax_nnx.grad_fn, flax_nnx.value_and_grad_fn):
-    take = make_function(wrong, model, X, Y, has_aux=has_aux)
+    value_and_grad_fn = make_function(wrong, model, X, Y, has_aux=has_aux)
     with pytest.raises(TypeError, match=match):
-      take(nnx.state(model, nnx.Param))
+      value_and_grad_fn(nnx.state(model, nnx.Param))
 
 
 def test_one_loop_refuses_auxiliary_output_that_is_no_array():
   with_aux = lambda model, x, y: (loss_fn(model, x, y), {'name': 'aux', 'x': x})
-  take = flax_nnx.value_and_grad(with_aux, has_aux=True, compile_once=True)
+  value_and_grad_fn = flax_nnx.value_and_grad(with_aux, has_aux=True, compile_once=True)
   with pytest.raises(TypeError, match=r"arrays only, but at \['name'\] there is a str"):
-    take(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), X, Y)
+    value_and_grad_fn(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), X, Y)
 
 
 @passes
@@ -513,9 +519,9 @@ def test_errors_come_before_anything_is_changed(once):
   model = make()
   before = arrays(model)
   wrt = nnx.DiffState(0, nnx.LoRAParam)
-  take = flax_nnx.value_and_grad(loss_fn, argnums=wrt, compile_once=once)
+  value_and_grad_fn = flax_nnx.value_and_grad(loss_fn, argnums=wrt, compile_once=once)
   with pytest.raises(ValueError, match='no variables of the type'):
-    take(model, X, Y)
+    value_and_grad_fn(model, X, Y)
   chex.assert_trees_all_equal(arrays(model), before)
 
 
@@ -555,6 +561,7 @@ def by_layers(params, y):
   return jnp.mean((x[:, :2] - y) ** 2)
 
 
+@pytest.mark.slow
 def test_stacked_layers_have_the_adaptive_metric_of_the_layers():
   """Stacked, biases and scales have two dimensions, and are no weights for that."""
   model, rho = Blocks(), 0.5
@@ -567,8 +574,8 @@ def test_stacked_layers_have_the_adaptive_metric_of_the_layers():
   @nnx.jit
   def both_interfaces(model, optimizer):
     grad_fn = flax_nnx.grad_fn(stacked_loss, model, X, Y)
-    take = flax_nnx.value_and_grad(stacked_loss, adaptive(), rho)
-    _, grads = take(model, X, Y)
+    value_and_grad_fn = flax_nnx.value_and_grad(stacked_loss, adaptive(), rho)
+    _, grads = value_and_grad_fn(model, X, Y)
     optimizer.update(model, nnx.grad(stacked_loss)(model, X, Y), grad_fn=grad_fn)
     return grads
 
@@ -623,10 +630,10 @@ def test_lora(interface, argnums):
       grads = nnx.grad(loss_fn, argnums=wrt)(model, X, Y)
       optimizer.update(model, nnx.state(grads, nnx.LoRAParam), grad_fn=grad_fn)
     else:
-      take = flax_nnx.value_and_grad(
+      value_and_grad_fn = flax_nnx.value_and_grad(
         loss_fn, rho=rho, argnums=wrt, compile_once=interface == 'one loop'
       )
-      optimizer.update(model, take(model, X, Y)[1])
+      optimizer.update(model, value_and_grad_fn(model, X, Y)[1])
   got = {'a': model.lora.lora_a[...], 'b': model.lora.lora_b[...]}
   chex.assert_trees_all_close(got, params, rtol=1e-4, atol=1e-6)
   np.testing.assert_array_equal(model.kernel[...], kernel)
@@ -695,8 +702,10 @@ def test_filters_of_the_optimizer(name, interface):
   else:
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=wrt)
     once = interface == 'one loop'
-    take = flax_nnx.value_and_grad(loss_fn, rho=0.3, argnums=argnums, compile_once=once)
-    optimizer.update(model, take(model, X, Y)[1])
+    value_and_grad_fn = flax_nnx.value_and_grad(
+      loss_fn, rho=0.3, argnums=argnums, compile_once=once
+    )
+    optimizer.update(model, value_and_grad_fn(model, X, Y)[1])
   got = as_dict(nnx.state(model))
   chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
   frozen = [path for path in start if not trained(path)]
@@ -715,6 +724,7 @@ def test_an_optimizer_of_more_than_has_gradients_is_told_which():
 HALVES = [(X[:8], Y[:8]), (X[8:], Y[8:])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('outer', [False, True], ids=['inside', 'outside'])
 def test_accumulation(outer):
   """Inside the chain every half has its probe; around it the whole batch has one."""

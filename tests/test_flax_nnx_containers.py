@@ -122,9 +122,9 @@ def test_the_gradient_has_the_structure_that_nnx_gives(container, once):
   pair = layers()
   want = gradient_at_probe(arrays(pair))
   loss_fn = lambda held: of(unpack(held))
-  take = flax_nnx.value_and_grad(loss_fn, rho=RHO, compile_once=once)
+  value_and_grad_fn = flax_nnx.value_and_grad(loss_fn, rho=RHO, compile_once=once)
   plain = nnx.value_and_grad(loss_fn)(pack(*pair))
-  value, grads = take(pack(*pair))
+  value, grads = value_and_grad_fn(pack(*pair))
   np.testing.assert_allclose(value, plain[0], rtol=1e-6)
   assert jax.tree.structure(grads) == jax.tree.structure(plain[1])
   close(arrays(unpack(grads)), want)
@@ -143,9 +143,9 @@ def test_a_step_of_the_chain(container, mode):
     tx = optax.chain(msam(rho=RHO), optax.sgd(0.1))
     optimizer = nnx.Optimizer(held, tx, wrt=nnx.Param)
     loss_fn = lambda held: of(unpack(held))
-    take = flax_nnx.value_and_grad_fn(loss_fn, held)
+    value_and_grad_fn = flax_nnx.value_and_grad_fn(loss_fn, held)
     value, grads = nnx.value_and_grad(loss_fn)(held)
-    optimizer.update(held, grads, value_and_grad_fn=take, value=value)
+    optimizer.update(held, grads, value_and_grad_fn=value_and_grad_fn, value=value)
     moved = arrays(unpack(held))
   close(moved, jax.tree.map(lambda w, g: w - 0.1 * g, start, gradient_at_probe(start)))
   assert optax.tree.get(optimizer.opt_state, 'rise')[...] > 0
@@ -161,8 +161,8 @@ def test_modes_of_nnx(container, mode, once):
     pair = layers()
     loss_fn = lambda held: of(unpack(held))
     plain = nnx.grad(loss_fn)(pack(*pair))
-    take = flax_nnx.value_and_grad(loss_fn, rho=RHO, compile_once=once)
-    _, grads = nnx.jit(take)(pack(*pair))
+    value_and_grad_fn = flax_nnx.value_and_grad(loss_fn, rho=RHO, compile_once=once)
+    _, grads = nnx.jit(value_and_grad_fn)(pack(*pair))
   assert type(grads) is type(plain)
   assert jax.tree.structure(grads) == jax.tree.structure(plain)
   close(arrays(unpack(grads)), gradient_at_probe(arrays(pair)))
@@ -182,8 +182,8 @@ def test_statistics_are_no_parameters_in_any_mode(mode, once):
     norm.mean[...] = mean
     loss_fn = lambda norm: jnp.mean(norm(X) ** 4)
     expected = nnx.grad(loss_fn)(norm)
-    take = flax_nnx.value_and_grad(loss_fn, rho=RHO, compile_once=once)
-    _, grads = take(norm)
+    value_and_grad_fn = flax_nnx.value_and_grad(loss_fn, rho=RHO, compile_once=once)
+    _, grads = value_and_grad_fn(norm)
   assert jax.tree.structure(grads) == jax.tree.structure(expected)
   params = {'scale': jnp.ones(3), 'bias': jnp.zeros(3)}
   want = gradient_at_probe(params, lambda params: plain(params, mean))
@@ -197,13 +197,15 @@ def test_tree_modes_refuse_what_nnx_refuses(once):
   wrt = nnx.DiffState(0, nnx.LoRAParam)
   for mode in MODES.keys() - {'graph'}:
     with MODES[mode]():
-      take = flax_nnx.value_and_grad(loss_fn, compile_once=once)
+      value_and_grad_fn = flax_nnx.value_and_grad(loss_fn, compile_once=once)
       with pytest.raises(TypeError, match='real- or complex-valued') as caught:
-        take(model)
+        value_and_grad_fn(model)
       assert 'nnx.split(model, nnx.Param' in ''.join(caught.value.__notes__)
-      take = flax_nnx.value_and_grad(loss_fn, argnums=wrt, compile_once=once)
+      value_and_grad_fn = flax_nnx.value_and_grad(
+        loss_fn, argnums=wrt, compile_once=once
+      )
       with pytest.raises(ValueError, match='cannot contain `DiffState`'):
-        take(model)
+        value_and_grad_fn(model)
 
 
 @passes
@@ -220,8 +222,8 @@ def test_a_split_model_as_tree_mode_wants_it(mode, once):
     _, *state = nnx.split(model, nnx.Param, ...)
     loss_fn = lambda *state: jnp.mean((nnx.merge(graph, *state)(X) - 1) ** 2)
     want, plain = nnx.value_and_grad(loss_fn)(*clean)
-    take = flax_nnx.value_and_grad(loss_fn, rho=RHO, compile_once=once)
-    value, grads = take(*state)
+    value_and_grad_fn = flax_nnx.value_and_grad(loss_fn, rho=RHO, compile_once=once)
+    value, grads = value_and_grad_fn(*state)
   np.testing.assert_allclose(value, want, rtol=1e-6)
   assert jax.tree.structure(grads) == jax.tree.structure(plain)
   numbers = lambda tree: [
@@ -273,10 +275,10 @@ def test_arrays_and_numbers_beside_a_model_are_trained_as_nnx_does(once):
 
 @passes
 def test_one_variable_alone(once):
-  take = flax_nnx.value_and_grad(
+  value_and_grad_fn = flax_nnx.value_and_grad(
     lambda w: jnp.sum(w[...] ** 2), euclidean(), 0.5, compile_once=once
   )
-  value, grads = take(nnx.Param(jnp.array([0.6, 0.8])))
+  value, grads = value_and_grad_fn(nnx.Param(jnp.array([0.6, 0.8])))
   assert isinstance(grads, nnx.Param)
   np.testing.assert_allclose(value, 1.0, rtol=1e-6)
   np.testing.assert_allclose(grads[...], [1.8, 2.4], rtol=1e-6)
@@ -310,10 +312,10 @@ def select(params, names, kernels):
 def test_which_arguments(name, once):
   argnums, names, kernels = ARGNUMS[name]
   a, b = layers()
-  take = flax_nnx.value_and_grad(
+  value_and_grad_fn = flax_nnx.value_and_grad(
     lambda a, b: of((a, b)), rho=RHO, argnums=argnums, compile_once=once
   )
-  _, grads = take(a, b)
+  _, grads = value_and_grad_fn(a, b)
   several = isinstance(argnums, (tuple, list))
   assert type(grads) is (tuple if several else nnx.State)
   full = gradient_at_probe(
@@ -343,11 +345,11 @@ def test_two_models_with_one_optimizer():
 @passes
 def test_a_mask_for_one_of_two_models(once):
   a, b = layers()
-  take = flax_nnx.value_and_grad(
+  value_and_grad_fn = flax_nnx.value_and_grad(
     lambda pair: of(pair), rho=RHO, mask=(True, False), compile_once=once
   )
   want = gradient_at_probe(arrays((a, b)), trained=lambda tree: select(tree, 'a', ''))
-  close(arrays(take((a, b))[1]), want)
+  close(arrays(value_and_grad_fn((a, b))[1]), want)
 
 
 @passes
@@ -361,8 +363,10 @@ def test_arguments_by_keyword(once):
     metric.update(values=loss)
     return loss
 
-  take = flax_nnx.value_and_grad(loss_fn, rho=RHO, argnums=1, compile_once=once)
-  value, grads = take(2.0, pair=pair, offset=1.0, metric=metric)
+  value_and_grad_fn = flax_nnx.value_and_grad(
+    loss_fn, rho=RHO, argnums=1, compile_once=once
+  )
+  value, grads = value_and_grad_fn(2.0, pair=pair, offset=1.0, metric=metric)
   want = gradient_at_probe(arrays(pair), lambda params: 2 * error(params))
   close(arrays(grads), want)
   np.testing.assert_allclose(metric.compute(), value, rtol=1e-6)
@@ -372,10 +376,13 @@ def test_arguments_by_keyword(once):
 @passes
 @pytest.mark.parametrize('argnums', [2, -3, -9, (0, 5), nnx.DiffState(-9, nnx.Param)])
 def test_a_position_that_is_none(argnums, once):
-  take = flax_nnx.value_and_grad(
+  value_and_grad_fn = flax_nnx.value_and_grad(
     lambda a, b: of((a, b)), argnums=argnums, compile_once=once
   )
-  for call in (take, lambda *pair: flax_nnx.grad_fn(of, *pair, argnums=argnums)):
+  for call in (
+    value_and_grad_fn,
+    lambda *pair: flax_nnx.grad_fn(of, *pair, argnums=argnums),
+  ):
     with pytest.raises(ValueError, match=r'number (2|-3|-9|5) of `loss_fn`, but there'):
       call(*layers())
 

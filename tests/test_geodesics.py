@@ -105,6 +105,7 @@ def test_rise_of_the_product(x64):
     np.testing.assert_allclose(rise(geodesic(100), np.array(w)), curved, atol=7e-5)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(
   seed=st.integers(0, 2**32 - 1),
@@ -197,6 +198,7 @@ def test_a_gradient_per_step_and_one_at_the_probe():
   np.testing.assert_allclose(state.slope, by_chain(monge(2.0))[1].slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{}, {'sync_ascent': True, 'compile_once': True}])
 def test_drop_in_on_micro_batches(options):
   f = value_and_grad(problems.loss, METRIC, RHO, shards=2, **options)
@@ -294,7 +296,7 @@ def test_what_is_not_finite_on_the_way_is_seen():
   tx = sharpness_aware(geodesic(1, 0.1), 1.0)
   updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
   assert not state.finite
-  assert np.all(np.isnan(updates))
+  assert jnp.all(jnp.isnan(updates))
 
 
 @pytest.mark.slow

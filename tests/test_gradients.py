@@ -13,7 +13,6 @@ import pytest
 import msam_optax
 from tests import by_hand
 from tests.methods import drop_in
-from tests.methods import every_method
 from tests.methods import every_method_slowly
 from tests.methods import transformation
 from tests.problems import batch
@@ -37,12 +36,12 @@ def test_equals_the_transformation(method):
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('compile_once', [False, True], ids=['two copies', 'one loop'])
-@every_method
+@every_method_slowly
 def test_equals_the_gradient_by_hand(method, compile_once):
   params, data = mlp_params(jnp.float64), batch(dtype=jnp.float64)
-  take = jax.jit(drop_in(method, loss, compile_once=compile_once))
+  value_and_grad_fn = jax.jit(drop_in(method, loss, compile_once=compile_once))
   chex.assert_trees_all_close(
-    take(params, data),
+    value_and_grad_fn(params, data),
     by_hand.gradient(method, loss, params, data),
     rtol=1e-10,
     atol=1e-14,
@@ -85,10 +84,10 @@ def test_several_arguments_are_one_tree():
 def test_mask_and_other_argument():
   params = mlp_params()
   mask = {'hidden': True, 'out': False}
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     lambda data, params: loss(params, data), rho=0.2, argnums=1, mask=mask
   )
-  _, grads = take(batch(), params)
+  _, grads = value_and_grad_fn(batch(), params)
   tx = msam_optax.msam(rho=0.2, mask=mask)
   grad_fn = jax.grad(lambda p: loss(p, batch()))
   expected, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
@@ -108,12 +107,12 @@ def test_traced_radius_and_keyword_arguments_under_jit():
   params, data = mlp_params(), batch()
 
   @jax.jit
-  def take(params, rho):
+  def value_and_grad_at(params, rho):
     return msam_optax.value_and_grad(loss, rho=rho)(params, data=data)
 
   for rho in (0.1, 0.4):
     chex.assert_trees_all_close(
-      take(params, rho),
+      value_and_grad_at(params, rho),
       msam_optax.value_and_grad(loss, rho=rho)(params, data),
       rtol=1e-5,
     )
@@ -134,9 +133,9 @@ def test_float32_probe_of_bfloat16_parameters():
 
 
 def test_keeps_name_and_documentation():
-  take = msam_optax.value_and_grad(loss)
-  assert take.__name__ == 'loss'
-  assert take.__doc__ == loss.__doc__
+  value_and_grad_fn = msam_optax.value_and_grad(loss)
+  assert value_and_grad_fn.__name__ == 'loss'
+  assert value_and_grad_fn.__doc__ == loss.__doc__
 
 
 def test_as_decorator():
@@ -206,7 +205,7 @@ def test_data_may_be_a_function(options):
 def test_a_sweep_is_one_program(what, options):
   """``vmap`` over a hyperparameter, each as it is alone: ℓ = w²/2 at 2."""
 
-  def take(value):
+  def gradient_at(value):
     rho, alpha = (value, 2.0) if what == 'rho' else (0.5, value)
     metric = msam_optax.monge(alpha)
     loss_fn = lambda w, x: jnp.mean(x) * w**2 / 2
@@ -217,7 +216,7 @@ def test_a_sweep_is_one_program(what, options):
   values = np.array([0.0, 0.1, 1.0], np.float32)
   rho, alpha = (values, 2.0) if what == 'rho' else (0.5, values)
   want = 2 + rho / np.sqrt(1 + 4 * alpha**2)
-  np.testing.assert_allclose(jax.jit(jax.vmap(take))(values), want, rtol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.vmap(gradient_at))(values), want, rtol=1e-6)
 
 
 def test_one_loop_keeps_the_direction_that_bfloat16_would_round():
@@ -230,14 +229,14 @@ def test_one_loop_keeps_the_direction_that_bfloat16_would_round():
     return jnp.sum(w.astype(jnp.float32) * x)
 
   w = jnp.array([0.5, 0.25, 2.0], jnp.bfloat16)
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     watched,
     msam_optax.euclidean(),
     rho=0.5,
     perturbation_dtype='float32',
     compile_once=True,
   )
-  jax.block_until_ready(take(w))
+  jax.block_until_ready(value_and_grad_fn(w))
   jax.effects_barrier()
   g = np.float64(x)
   deltas = [np.float64(probe) - np.float64(w) for probe in seen]

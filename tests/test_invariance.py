@@ -249,6 +249,7 @@ def test_potentials_are_not_exchangeable():
 # The basin of a saddle, in one dimension: ℓ = −|λ|x²/2.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('curvature', [0.3, 1.0, 5.0])
 @pytest.mark.parametrize('alpha', [0.0, 0.5, 1.0, 10.0])
 def test_basin_of_a_saddle(alpha, curvature):

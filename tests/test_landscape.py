@@ -162,6 +162,7 @@ def test_a_leaf_that_is_no_real_array(name, leaf):
     CALLS[name](lambda p: jnp.sum(p['w'] ** 2), {'w': jnp.ones((2, 2)), 'b': leaf})
 
 
+@pytest.mark.slow
 def test_healthy_calls_make_no_nan_and_no_inf_on_the_way():
   """Operation by operation, with a filter of zeros."""
   params = {'kernel': jnp.array([[0.0, 1.0], [0.0, 2.0]]), 'bias': jnp.zeros(2)}

@@ -95,10 +95,10 @@ def test_a_weighted_loss_is_total_over_weight(once):
 @passes
 def test_micro_batches_count_by_their_weights(once, vectorize, sync):
   w, batch = make_problem()
-  take = drop_in(
+  value_and_grad_fn = drop_in(
     shards=4, vectorize_shards=vectorize, sync_ascent=sync, compile_once=once
   )
-  value, grads = jax.jit(take)(w, dealt(batch, 4))
+  value, grads = jax.jit(value_and_grad_fn)(w, dealt(batch, 4))
   assert_close((value, grads), gradient_by_hand(4, sync))
   equal = np.mean(
     [drop_in()(w, jax.tree.map(lambda a: a[i : i + 4], batch))[0] for i in (0, 4, 12)]
@@ -111,16 +111,18 @@ def test_micro_batches_count_by_their_weights(once, vectorize, sync):
 @every_method_slowly
 def test_parts_count_by_their_weights_in_every_method(method, once, sync):
   w, batch = make_problem()
-  take = drop_in(method=method, shards=4, sync_ascent=sync, compile_once=once)
-  got = jax.jit(take)(w, dealt(batch, 4))
+  value_and_grad_fn = drop_in(
+    method=method, shards=4, sync_ascent=sync, compile_once=once
+  )
+  got = jax.jit(value_and_grad_fn)(w, dealt(batch, 4))
   assert_close(got, gradient_by_hand(4, sync, method))
 
 
 @both_ways
 def test_one_shared_probe_equals_the_whole_batch(vectorize):
   w, batch = make_problem()
-  take = drop_in(shards=4, vectorize_shards=vectorize, sync_ascent=True)
-  assert_close(take(w, batch), gradient_by_hand())
+  value_and_grad_fn = drop_in(shards=4, vectorize_shards=vectorize, sync_ascent=True)
+  assert_close(value_and_grad_fn(w, batch), gradient_by_hand())
 
 
 @pytest.mark.slow
@@ -191,6 +193,7 @@ def test_a_batch_that_is_all_empty_is_loud(options):
   assert np.isnan(grads).all()
 
 
+@pytest.mark.slow
 def test_an_empty_part_makes_no_nan_on_the_way():
   w, batch = make_problem()
   with jax.debug_nans(True), jax.disable_jit():
@@ -203,8 +206,8 @@ def test_weights_matter_by_their_ratios_alone(vectorize):
   """Fractions of an example, as importance weights are: the slopes are the same."""
   w, batch = make_problem()
   small = lambda w, batch: jax.tree.map(lambda x: x / 64, squares(w, batch))
-  take = drop_in(small, shards=4, vectorize_shards=vectorize)
-  assert_close(take(w, dealt(batch, 4)), gradient_by_hand(4))
+  value_and_grad_fn = drop_in(small, shards=4, vectorize_shards=vectorize)
+  assert_close(value_and_grad_fn(w, dealt(batch, 4)), gradient_by_hand(4))
 
 
 @passes
@@ -212,10 +215,10 @@ def test_weights_that_cancel_in_a_part_lose_nothing(once):
   """Weights 2 and -2 in one part, 3 in the other: 0 is not taken for emptiness."""
   x, n = jnp.array([1.0, 2.0, 5.0, 4.0]), jnp.array([2.0, 1.0, -2.0, 2.0])
   f = lambda w, batch: (jnp.sum(batch[1] * (batch[0] - w) ** 2), jnp.sum(batch[1]))
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     f, rho=0.0, has_weight=True, shards=2, compile_once=once
   )
-  value, grad = take(jnp.float32(1.0), (x, n))
+  value, grad = value_and_grad_fn(jnp.float32(1.0), (x, n))
   np.testing.assert_allclose(value, (-2 * 16 + 1 + 2 * 9) / 3, rtol=1e-6)
   np.testing.assert_allclose(grad, -2 * (-2 * 4 + 1 + 2 * 3) / 3, rtol=1e-6)
 
@@ -231,11 +234,13 @@ def test_counts_may_be_integers_and_totals_bfloat16(once, vectorize):
     x, real = batch
     return jnp.sum(w * x * real.astype(x.dtype)), jnp.sum(real)
 
-  take = drop_in(
+  value_and_grad_fn = drop_in(
     loss_fn, shards=2, vectorize_shards=vectorize, compile_once=once, has_weight=True
   )
   real = jnp.arange(16) < 7
-  value, grad = take(jnp.float32(1.0).astype(jnp.bfloat16), (x, real.astype(int)))
+  value, grad = value_and_grad_fn(
+    jnp.float32(1.0).astype(jnp.bfloat16), (x, real.astype(int))
+  )
   assert (value.dtype, grad.dtype) == (jnp.float32, jnp.bfloat16)
   assert (value, grad) == (1.0, 1.0)
 
@@ -251,14 +256,14 @@ def test_the_weight_of_a_bfloat16_total_is_not_rounded():
 @passes
 def test_aux_beside_a_weight(once, vectorize):
   w, batch = make_problem()
-  take = drop_in(
+  value_and_grad_fn = drop_in(
     lambda w, batch: (squares(w, batch), w[0] + batch[1][0]),
     has_aux=True,
     shards=4,
     vectorize_shards=vectorize,
     compile_once=once,
   )
-  (value, aux), grads = take(w, dealt(batch, 4))
+  (value, aux), grads = value_and_grad_fn(w, dealt(batch, 4))
   assert_close((value, grads), gradient_by_hand(4))
   np.testing.assert_allclose(aux, w[0] + batch[1][::4], rtol=1e-6)
 
@@ -311,8 +316,10 @@ def test_a_scaled_gradient_does_not_underflow(shards, dtype, once):
   metric = msam_optax.monge(alpha)
   _, plain = msam_optax.value_and_grad(loss_fn, metric, rho, **options)(w, x)
   assert (plain == 0).all()
-  take = msam_optax.value_and_grad(loss_fn, metric, rho, loss_scale=2.0**20, **options)
-  value, grads = jax.block_until_ready(take(w, x))
+  value_and_grad_fn = msam_optax.value_and_grad(
+    loss_fn, metric, rho, loss_scale=2.0**20, **options
+  )
+  value, grads = jax.block_until_ready(value_and_grad_fn(w, x))
   jax.effects_barrier()
   np.testing.assert_allclose(value, tiny * 12.5, rtol=1e-3)
   assert grads.dtype == dtype
@@ -355,6 +362,7 @@ def test_a_scale_may_be_traced():
   assert_close(f(w, batch, 1024.0), gradient_by_hand())
 
 
+@pytest.mark.slow
 @passes
 @both_syncs
 @pytest.mark.parametrize('pass_', ['clean', 'probe'])
@@ -439,9 +447,9 @@ SCALAR = jnp.float32(1.0)
   ],
 )
 def test_what_a_loss_may_not_return(returned, options, error, match):
-  take = msam_optax.value_and_grad(lambda w: returned, **options)
+  value_and_grad_fn = msam_optax.value_and_grad(lambda w: returned, **options)
   with pytest.raises(error, match=match):
-    take(jnp.ones(3))
+    value_and_grad_fn(jnp.ones(3))
 
 
 def test_a_loss_that_is_no_function_is_refused():
@@ -461,9 +469,9 @@ def test_a_loss_that_is_no_function_is_refused():
 )
 @passes
 def test_parameters_that_have_no_gradient_are_named(once, params, match):
-  take = msam_optax.value_and_grad(lambda p: SCALAR, compile_once=once)
+  value_and_grad_fn = msam_optax.value_and_grad(lambda p: SCALAR, compile_once=once)
   with pytest.raises(TypeError, match=match + r'.*eqx\.partition\(model, eqx\.is_inex'):
-    take(params)
+    value_and_grad_fn(params)
 
 
 @pytest.mark.parametrize(
@@ -475,9 +483,9 @@ def test_parameters_that_have_no_gradient_are_named(once, params, match):
   ],
 )
 def test_parameters_that_are_not_there_are_named(argnums, match):
-  take = msam_optax.value_and_grad(lambda w: jnp.sum(w), argnums=argnums)
+  value_and_grad_fn = msam_optax.value_and_grad(lambda w: jnp.sum(w), argnums=argnums)
   with pytest.raises(ValueError, match=match):
-    take(jnp.ones(3))
+    value_and_grad_fn(jnp.ones(3))
 
 
 # ---- FP8: what is in the place of some gradients is no gradient
@@ -496,10 +504,10 @@ def fp8_problem():
 def test_fp8_histories_are_those_of_the_clean_pass(scale, once):
   """By hand: the weights are moved uphill, by all of ρ, and nothing else is."""
   variables, loss_fn = fp8_problem()
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     loss_fn, msam_optax.monge(ALPHA), RHO, loss_scale=scale, compile_once=once
   )
-  _, grads = jax.jit(take)(variables)
+  _, grads = jax.jit(value_and_grad_fn)(variables)
   unscaled = lambda g: {
     name: jax.tree.map(lambda x: x / (scale or 1.0), g[name])
     if name == 'params'
@@ -524,10 +532,10 @@ def test_fp8_histories_are_those_of_the_clean_pass(scale, once):
 @pytest.mark.parametrize('options', [{'shards': 2}, {'axis_name': 'i'}], ids=str)
 def test_fp8_histories_cannot_be_averaged(options):
   variables, loss_fn = fp8_problem()
-  take = msam_optax.value_and_grad(lambda v, x: loss_fn(v), **options)
+  value_and_grad_fn = msam_optax.value_and_grad(lambda v, x: loss_fn(v), **options)
   name = next(iter(options))
   with pytest.raises(ValueError, match=f'new values, which `{name}` cannot average'):
-    take(variables, jnp.ones(2))
+    value_and_grad_fn(variables, jnp.ones(2))
 
 
 @pytest.mark.parametrize('weight', [1e-5, 1e-3, 1e5])
@@ -537,8 +545,8 @@ def test_a_weight_beyond_the_range_of_a_half_precision_total(weight):
   if weight > 1:
     loss = lambda w: (w * w * jnp.float16(100), jnp.float32(weight))
   w = jnp.float16(2.0) if weight > 1 else jnp.float32(2.0)
-  take = msam_optax.value_and_grad(loss, rho=0.0, has_weight=True)
-  value, grad = take(w)
+  value_and_grad_fn = msam_optax.value_and_grad(loss, rho=0.0, has_weight=True)
+  value, grad = value_and_grad_fn(w)
   scale = 100 / weight if weight > 1 else 1.0
   np.testing.assert_allclose(value, 4.0 * scale, rtol=2e-2)
   np.testing.assert_allclose(grad, 4.0 * scale, rtol=2e-2)

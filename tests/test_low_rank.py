@@ -107,6 +107,7 @@ def test_one_gradient_is_monge_and_all_are_the_empirical_fisher_matrix():
       chex.assert_trees_all_close((direction, slope), tuple(of_monge), rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [1e-30, 1e-3, 1e3, 1e5, 1e30])
 @pytest.mark.parametrize('kind', ['mean', 'one of them', 'nearly the same'])
 def test_float32_at_any_magnitude(kind, size):
@@ -145,6 +146,7 @@ def test_a_gradient_that_is_nearly_along_the_others():
   np.testing.assert_allclose(slope, s, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_the_same_or_zero():
   rows = np.stack([ROWS[0], ROWS[0], 0 * ROWS[0]]).astype(np.float32)
   ascent = ascend(low_rank_monge(alpha=2.0), rows[0], np.float32(W), gradients=rows)
@@ -257,7 +259,7 @@ def test_memory_of_sharded_leaves_and_replicas():
   alone = sharpness_aware(metric, 0.1, axis_name='data')
 
   def steps(tx, w, x):
-    state = tx.init(w)
+    update, state = None, tx.init(w)
     for i in range(3):
       grad_fn = lambda w, i=i: jax.tree.map(lambda p: p * x[i % 2] + x[1 - i % 2], w)
       update, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
@@ -281,6 +283,7 @@ H = np.diag([1.0, 4.0, 9.0])
 quadratic = jax.grad(lambda w: 0.5 * jnp.sum(jnp.array([1.0, 4.0, 9.0]) * w**2))
 
 
+@pytest.mark.slow
 def test_samples_are_gradients_on_a_sphere_around():
   """The gradient is linear, and so the metric known from the points."""
   seen = []
@@ -376,7 +379,7 @@ def test_where_shardings_are_types(metric):
 
   @jax.jit
   def two_steps(w, state):
-    grad_fn = lambda w: jax.tree.map(lambda p: p**3, w)
+    update, grad_fn = None, lambda w: jax.tree.map(lambda p: p**3, w)
     for _ in range(2):
       update, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
     return update
@@ -484,12 +487,17 @@ def test_fisher_alpha_inside_a_step():
       '`radius` must be finite and >= 0',
     ),
     (
+      lambda: neighborhood_monge(1, 0.1, key=0),
+      TypeError,
+      r'`key` of neighborhood_monge\(\) must be one random key',
+    ),
+    (
       lambda: ascend(neighborhood_monge(1, 0.1, key=jax.random.key(0)), ROWS[0]),
       ValueError,
       r'neighborhood_monge\(\) takes gradients near the params',
     ),
   ],
-  ids=range(15),
+  ids=range(16),
 )
 def test_refuses(make, error, message):
   with pytest.raises(error, match=message):
@@ -513,6 +521,24 @@ def test_what_goes_wrong_in_a_compiled_step_is_seen():
     return ascend(low_rank_monge(2, alpha), rows[0], w=rows[0])
 
   assert np.isnan(run(jnp.float32(-1.0)).direction).all()
+
+
+@pytest.mark.slow
+def test_derivative_where_gradients_are_few(x64):
+  """Against finite differences, also while a part of the memory is empty."""
+  metric = low_rank_monge(3, 1.3)
+  rows = jnp.asarray(ROWS[:2], float)
+
+  @jax.jit
+  def total(x):
+    g, w = rows[0] * x + jnp.sin(x * rows[1]), jnp.zeros_like(rows[0])
+    ascent, state = metric.ascend(g, metric.init(w), w)
+    other, _ = metric.ascend(g**2 + rows[1], state, w)
+    return jnp.sum(ascent.direction * rows[1]) + jnp.sum(other.direction * rows[0])
+
+  x, h = 0.7, 1e-5
+  expected = (total(x + h) - total(x - h)) / (2 * h)
+  np.testing.assert_allclose(jax.grad(total)(x), expected, rtol=1e-7)
 
 
 def test_a_checkpoint_is_of_arrays():

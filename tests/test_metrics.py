@@ -387,7 +387,8 @@ class VariantsTest(chex.TestCase):
     def run(grads, params):
       return ascend(metric, grads, params)
 
-    direction, slope = run(grads, params)
+    # Chex says that a variant never returns.
+    direction, slope = run(grads, params)  # pyright: ignore[reportGeneralTypeIssues]
 
     g, w = flat(grads), flat(params)
     u = np.linalg.solve(matrix(g, w), g)

@@ -37,10 +37,10 @@ passes = pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one 
 @passes
 @every_kind_slowly
 def test_equals_as_many_devices(method, once, vectorize, sync):
-  take = drop_in(
+  value_and_grad_fn = drop_in(
     method, shards=4, vectorize_shards=vectorize, sync_ascent=sync, compile_once=once
   )
-  value, grads = jax.jit(take)(make_params(), make_data())
+  value, grads = jax.jit(value_and_grad_fn)(make_params(), make_data())
   want_value, want = expected(method, shards=4, synced=sync)
   np.testing.assert_allclose(value, want_value, rtol=1e-6)
   assert_close(grads, want)
@@ -49,8 +49,10 @@ def test_equals_as_many_devices(method, once, vectorize, sync):
 @both_ways
 @every_kind_slowly
 def test_one_shared_probe_equals_the_whole_batch(method, vectorize):
-  take = drop_in(method, shards=8, vectorize_shards=vectorize, sync_ascent=True)
-  assert_close(take(make_params(), make_data()), expected(method))
+  value_and_grad_fn = drop_in(
+    method, shards=8, vectorize_shards=vectorize, sync_ascent=True
+  )
+  assert_close(value_and_grad_fn(make_params(), make_data()), expected(method))
 
 
 @pytest.mark.slow
@@ -82,7 +84,7 @@ def test_micro_batches_on_each_of_several_devices(check_vma, once, sync):
 def test_micro_batches_where_shardings_are_types(layout, shards, once, vectorize, sync):
   """Each lies over the devices as the batch did, and the gradients as parameters."""
   params, data, gathered, on = place_explicitly(layout)
-  take = drop_in(
+  value_and_grad_fn = drop_in(
     'msam',
     gathered,
     shards=shards,
@@ -91,12 +93,13 @@ def test_micro_batches_where_shardings_are_types(layout, shards, once, vectorize
     compile_once=once,
   )
   with jax.set_mesh(on):
-    _, grads = jax.jit(take)(params, data)
+    _, grads = jax.jit(value_and_grad_fn)(params, data)
   assert_close(grads, expected('msam', shards=shards, synced=sync)[1])
   for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
     assert g.sharding.is_equivalent_to(w.sharding, w.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @has_explicit_sharding
 @pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
@@ -124,7 +127,7 @@ def test_micro_batches_that_cannot_be_sharded_as_the_batch_is_are_refused():
 def test_a_batch_that_is_sharded_stays_where_it_is(vectorize, sync):
   """Counted in the program: each device has its share of the products, and no more."""
   params, data, _ = place('data-parallel')
-  compiled = lambda f: jax.jit(f).lower(params, data).compile().as_text()
+  compiled = lambda f: str(jax.jit(f).lower(params, data).compile().as_text())
   products = lambda program: hlo.matrix_flops(hlo.read(program))
 
   f = drop_in('msam', shards=2, vectorize_shards=vectorize, sync_ascent=sync)
@@ -135,6 +138,7 @@ def test_a_batch_that_is_sharded_stays_where_it_is(vectorize, sync):
   assert_close(grads, expected('msam', shards=2, synced=sync)[1])
 
 
+@pytest.mark.slow
 @both_ways
 def test_keyword_arguments_are_split_and_scalars_are_not(vectorize):
   """Each micro-batch sees its own rows, one whole scalar, and the same key."""
@@ -146,7 +150,7 @@ def test_keyword_arguments_are_split_and_scalars_are_not(vectorize):
 
   x, y = make_data()
   key, scale = jax.random.key(0), jnp.float32(0.5)
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     noisy,
     msam_optax.monge(),
     0.3,
@@ -155,7 +159,7 @@ def test_keyword_arguments_are_split_and_scalars_are_not(vectorize):
     data_argnames='y',
     vectorize_shards=vectorize,
   )
-  got = take(make_params(), x, scale, y=y, key=key)
+  got = value_and_grad_fn(make_params(), x, scale, y=y, key=key)
   noise = jnp.repeat(jax.random.normal(key, (8, 3)), 4, axis=0)
   want = by_hand.gradient('msam', loss, make_params(), (scale * x + noise, y), shards=4)
   assert_close(got, want)
@@ -168,10 +172,10 @@ def test_aux_is_stacked_and_of_the_clean_pass(once, vectorize):
     return loss(params, data), {'first': data[0][0], 'w': params['out']['bias']}
 
   params, data = make_params(), make_data()
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     with_aux, shards=4, has_aux=True, vectorize_shards=vectorize, compile_once=once
   )
-  (_, aux), _ = take(params, data)
+  (_, aux), _ = value_and_grad_fn(params, data)
   np.testing.assert_array_equal(aux['first'], data[0][:4])
   np.testing.assert_array_equal(aux['w'], np.tile(params['out']['bias'], (4, 1)))
 
@@ -185,8 +189,8 @@ def test_parameters_may_be_any_arguments(argnums):
   if argnums != (1, 2):
     f = functools.partial(lambda g, x, a, b: g(x, a, jnp.array([b, b])), f)
     b = jnp.float32(0.1)
-  take = msam_optax.value_and_grad(f, rho=0.1, argnums=argnums, shards=2)
-  _, grads = take(x, a, b)
+  value_and_grad_fn = msam_optax.value_and_grad(f, rho=0.1, argnums=argnums, shards=2)
+  _, grads = value_and_grad_fn(x, a, b)
   parts = [
     msam_optax.value_and_grad(f, rho=0.1, argnums=argnums)(x[i::2], a, b)[1]
     for i in (0, 1)
@@ -200,8 +204,10 @@ def test_parameters_may_be_any_arguments(argnums):
 def test_bfloat16_gradients_are_summed_in_float32(sync, once):
   """A thousand equal gradients that a bfloat16 sum would stop counting."""
   f = lambda w, x: jnp.mean(x) * w
-  take = msam_optax.value_and_grad(f, shards=1024, sync_ascent=sync, compile_once=once)
-  _, grad = take(jnp.ones([], jnp.bfloat16), jnp.ones(1024, jnp.bfloat16))
+  value_and_grad_fn = msam_optax.value_and_grad(
+    f, shards=1024, sync_ascent=sync, compile_once=once
+  )
+  _, grad = value_and_grad_fn(jnp.ones([], jnp.bfloat16), jnp.ones(1024, jnp.bfloat16))
   assert grad.dtype == jnp.bfloat16
   assert grad == 1.0
 
@@ -219,7 +225,7 @@ def test_perturbation_dtype_keeps_a_radius_that_bfloat16_would_lose(once, sync):
     jax.debug.callback(lambda *leaves: seen.append(leaves), *jax.tree.leaves(wide))
     return loss(wide, data)
 
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     watched,
     msam_optax.euclidean(),
     rho=1e-3,
@@ -228,7 +234,7 @@ def test_perturbation_dtype_keeps_a_radius_that_bfloat16_would_lose(once, sync):
     sync_ascent=sync,
     compile_once=once,
   )
-  _, grads = jax.block_until_ready(take(params, make_data()))
+  _, grads = jax.block_until_ready(value_and_grad_fn(params, make_data()))
   jax.effects_barrier()
   chex.assert_trees_all_equal_dtypes(grads, params)
   start = [np.asarray(w, np.float64) for w in jax.tree.leaves(params)]
@@ -242,14 +248,14 @@ def test_perturbation_dtype_keeps_a_radius_that_bfloat16_would_lose(once, sync):
 @passes
 def test_perturbation_dtype_leaves_masked_gradients_as_they_are(once):
   loss = lambda w: w['a'].astype(jnp.float32) * w['b'] / 3
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     loss,
     rho=0.0,
     mask={'a': True, 'b': False},
     perturbation_dtype='bfloat16',
     compile_once=once,
   )
-  _, grads = take({'a': jnp.float32(1), 'b': jnp.float32(1)})
+  _, grads = value_and_grad_fn({'a': jnp.float32(1), 'b': jnp.float32(1)})
   np.testing.assert_allclose(grads['b'], 1 / 3, rtol=1e-6)
 
 
@@ -257,8 +263,8 @@ def test_perturbation_dtype_leaves_masked_gradients_as_they_are(once):
 def test_a_gradient_that_is_not_finite_comes_out_so(once):
   f = lambda w, x: jnp.sum(jnp.where(w > 0, jnp.mean(x) * w, 0.0))
   x = jnp.array([1.0, 1.0, jnp.nan, 1.0])
-  take = msam_optax.value_and_grad(f, shards=2, compile_once=once)
-  _, grads = take(jnp.ones(3), x)
+  value_and_grad_fn = msam_optax.value_and_grad(f, shards=2, compile_once=once)
+  _, grads = value_and_grad_fn(jnp.ones(3), x)
   assert np.isnan(grads).all()
 
 
@@ -277,8 +283,10 @@ def test_masks_and_zero_gradients_with_one_loop(once):
     )
     return loss(params, data)
 
-  take = msam_optax.value_and_grad(watched, rho=0.3, mask=mask, compile_once=once)
-  jax.block_until_ready(take(params, make_data()))
+  value_and_grad_fn = msam_optax.value_and_grad(
+    watched, rho=0.3, mask=mask, compile_once=once
+  )
+  jax.block_until_ready(value_and_grad_fn(params, make_data()))
   jax.effects_barrier()
   assert len(sees['at']) == 2
   kernels, biases = zip(*sees['at'], strict=True)
@@ -292,8 +300,8 @@ def test_masks_and_zero_gradients_with_one_loop(once):
 def test_compile_once_holds_one_copy_of_the_gradient(method):
   """Counted in the program: matrix products in one pass, in copies, in a loop."""
 
-  def products(take):
-    text = jax.jit(take).lower(make_params(), make_data()).as_text()
+  def products(value_and_grad_fn):
+    text = jax.jit(value_and_grad_fn).lower(make_params(), make_data()).as_text()
     return text.count('stablehlo.dot_general')
 
   one = products(jax.value_and_grad(loss))
@@ -310,8 +318,8 @@ def test_training_with_a_schedule_inside_the_step():
 
   def train_step(carry, step):
     params, state = carry
-    take = drop_in_at(schedule(step))
-    value, grads = take(params, data)
+    value_and_grad_fn = drop_in_at(schedule(step))
+    value, grads = value_and_grad_fn(params, data)
     updates, state = tx.update(grads, state, params)
     return (optax.apply_updates(params, updates), state), value
 
@@ -330,23 +338,25 @@ def test_training_with_a_schedule_inside_the_step():
   ],
 )
 def test_a_batch_that_cannot_be_cut_is_refused(arguments, match):
-  take = msam_optax.value_and_grad(loss, shards=4)
+  value_and_grad_fn = msam_optax.value_and_grad(loss, shards=4)
   with pytest.raises(ValueError, match=match + r'.*into 4 equal micro-batches'):
-    take(make_params(), arguments)
+    value_and_grad_fn(make_params(), arguments)
 
 
 def test_a_raw_random_key_in_the_batch_is_refused():
-  take = msam_optax.value_and_grad(lambda p, batch: loss(p, batch[:2]), shards=4)
+  value_and_grad_fn = msam_optax.value_and_grad(
+    lambda p, batch: loss(p, batch[:2]), shards=4
+  )
   with pytest.raises(
     ValueError, match=r'at \[1\]\[2\] has shape \(2,\).*raw random key'
   ):
-    take(make_params(), (*make_data(), jax.random.PRNGKey(0)))
+    value_and_grad_fn(make_params(), (*make_data(), jax.random.PRNGKey(0)))
 
 
 def test_no_data_is_refused():
-  take = msam_optax.value_and_grad(lambda w, c: c * jnp.sum(w), shards=2)
+  value_and_grad_fn = msam_optax.value_and_grad(lambda w, c: c * jnp.sum(w), shards=2)
   with pytest.raises(ValueError, match='no argument that may hold it has an array'):
-    take(jnp.ones(3), 2.0)
+    value_and_grad_fn(jnp.ones(3), 2.0)
 
 
 def with_class_weights(w, class_weights, batch):
@@ -364,7 +374,7 @@ LABELLED = jnp.array([1.0, 2.0, 3.0, 5.0]), jnp.array([3, 2, 1, 0])
 @pytest.mark.parametrize('argnums', [2, (-1,)], ids=str)
 def test_what_is_no_data_goes_whole_to_each_part(argnums, once, vectorize):
   """Half of the class weights would give another number, and no error."""
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     with_class_weights,
     rho=0.0,
     shards=2,
@@ -372,7 +382,7 @@ def test_what_is_no_data_goes_whole_to_each_part(argnums, once, vectorize):
     compile_once=once,
     data_argnums=argnums,
   )
-  value, grad = take(jnp.float32(0.0), CLASS_WEIGHTS, LABELLED)
+  value, grad = value_and_grad_fn(jnp.float32(0.0), CLASS_WEIGHTS, LABELLED)
   np.testing.assert_allclose(value, (8 * 1 + 4 * 4 + 2 * 9 + 25) / 4, rtol=1e-6)
   np.testing.assert_allclose(grad, -2 * (8 * 1 + 4 * 2 + 2 * 3 + 5) / 4, rtol=1e-6)
 
@@ -383,10 +393,12 @@ def test_data_may_be_keyword_arguments(vectorize):
     w, class_weights, (x, label)
   )
   x, label = LABELLED
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     f, rho=0.3, shards=2, data_argnames=('x', 'label'), vectorize_shards=vectorize
   )
-  got = take(jnp.float32(0.0), class_weights=CLASS_WEIGHTS, x=x, label=label)
+  got = value_and_grad_fn(
+    jnp.float32(0.0), class_weights=CLASS_WEIGHTS, x=x, label=label
+  )
   want = by_hand.gradient(
     'msam',
     lambda w, batch: with_class_weights(w, CLASS_WEIGHTS, batch),
@@ -408,7 +420,7 @@ def test_model_state_goes_whole_to_each_part_and_comes_back(once, vectorize):
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   w, state, x, y = draw(3), {'mean': draw(2)[0], 'unused': draw(5)}, draw(8, 3), draw(8)
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     loss_fn,
     rho=0.3,
     shards=2,
@@ -417,7 +429,7 @@ def test_model_state_goes_whole_to_each_part_and_comes_back(once, vectorize):
     vectorize_shards=vectorize,
     compile_once=once,
   )
-  (value, new_state), grads = take(w, state, x, y)
+  (value, new_state), grads = value_and_grad_fn(w, state, x, y)
   want = by_hand.gradient(
     'msam', lambda w, xy: loss_fn(w, state, *xy)[0], w, (x, y), shards=2
   )
@@ -436,7 +448,7 @@ def test_keys_of_examples_are_cut_with_them():
 
 
 def test_data_that_cannot_be_told_from_other_arrays_is_asked_for():
-  take = msam_optax.value_and_grad(lambda w, c, n, x, *, y, s: w, shards=2)
+  value_and_grad_fn = msam_optax.value_and_grad(lambda w, c, n, x, *, y, s: w, shards=2)
   with pytest.raises(
     ValueError,
     match=(
@@ -444,7 +456,7 @@ def test_data_that_cannot_be_told_from_other_arrays_is_asked_for():
       r" \(int32\[4\]\)\. .*`data_argnums=\(1, 3\), data_argnames=\('y',\)` if all"
     ),
   ):
-    take(SCALAR, CLASS_WEIGHTS, 3, LABELLED, y=LABELLED[1], s=SCALAR)
+    value_and_grad_fn(SCALAR, CLASS_WEIGHTS, 3, LABELLED, y=LABELLED[1], s=SCALAR)
 
 
 SCALAR = jnp.float32(1.0)
@@ -463,9 +475,9 @@ SCALAR = jnp.float32(1.0)
   ids=str,
 )
 def test_data_that_is_not_there_is_named(options, match):
-  take = msam_optax.value_and_grad(lambda w, x, y: w, shards=2, **options)
+  value_and_grad_fn = msam_optax.value_and_grad(lambda w, x, y: w, shards=2, **options)
   with pytest.raises(ValueError, match=match):
-    take(SCALAR, jnp.ones(4), y=jnp.ones(4))
+    value_and_grad_fn(SCALAR, jnp.ones(4), y=jnp.ones(4))
 
 
 @pytest.mark.parametrize('options', [{'data_argnums': 1}, {'data_argnames': 'x'}])
@@ -474,24 +486,25 @@ def test_data_without_shards_is_refused(options):
     msam_optax.value_and_grad(loss, **options)
 
 
+@pytest.mark.slow
 def test_means_of_bfloat16_gradients_are_float32_until_the_end():
   """1 + 3/512 is 1 + 2⁻⁷ in bfloat16; with one device's 1 + 2⁻⁸ rounded before, 1."""
   x = 1 + jnp.array([[0.0, 2.0**-7], [2.0**-7, 2.0**-7]])
   f = lambda w, x: jnp.sum(w.astype(jnp.float32) * x)
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     f, rho=0.0, axis_name='i', shards=2, vectorize_shards=True
   )
-  mapped = jax.vmap(take, axis_name='i', in_axes=(None, 0))
+  mapped = jax.vmap(value_and_grad_fn, axis_name='i', in_axes=(None, 0))
   _, grads = mapped(jnp.ones([], jnp.bfloat16), x)
   np.testing.assert_array_equal(np.float32(grads), 1 + 2.0**-7)
 
 
 def test_parameters_that_are_not_positional_are_named():
-  take = msam_optax.value_and_grad(loss, shards=4, compile_once=True)
+  value_and_grad_fn = msam_optax.value_and_grad(loss, shards=4, compile_once=True)
   with pytest.raises(
     ValueError, match='`argnums` is 0, but this call has 0 positional'
   ):
-    take(params=make_params(), data=make_data())
+    value_and_grad_fn(params=make_params(), data=make_data())
 
 
 def test_vectorized_without_shards_is_refused():
@@ -500,8 +513,10 @@ def test_vectorized_without_shards_is_refused():
 
 
 def test_shards_may_be_a_numpy_integer():
-  take = drop_in('msam', shards=np.int64(4))
-  assert_close(take(make_params(), make_data()), expected('msam', shards=4))
+  value_and_grad_fn = drop_in('msam', shards=np.int64(4))
+  assert_close(
+    value_and_grad_fn(make_params(), make_data()), expected('msam', shards=4)
+  )
 
 
 @pytest.mark.parametrize('shards', [0, -1, 2.0, True])

@@ -1,5 +1,6 @@
 """WSAM beside an optimizer, in NumPy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,29 @@ def test_without_an_optimizer_it_is_the_coupled_form():
     tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
     for tx in (decoupled, coupled)
   )
-  np.testing.assert_allclose(got, expected, rtol=1e-6)
+  chex.assert_trees_all_close(got, expected, rtol=1e-6)
+
+
+def test_what_is_frozen_behind_decoupled_wsam_stays():
+  frozen = {'body': True, 'head': False}
+  wsam = msam_optax.decoupled_wsam(optax.sgd(0.1), 0.1, 0.3, 0.75)
+  tx = optax.chain(wsam, optax.masked(optax.set_to_zero(), frozen))
+  w = {'body': jnp.array([0.3]), 'head': jnp.array([0.4])}
+  grad_fn = jax.grad(lambda w: jnp.sum(w['body'] ** 2 * w['head'] ** 2))
+  state, grads = tx.init(w), grad_fn(w)
+  got, _ = tx.update(grads, state, w, grad_fn=grad_fn)
+  expected, _ = wsam.update(grads, wsam.init(w), w, grad_fn=grad_fn)
+  np.testing.assert_array_equal(got['body'], [0.0])
+  np.testing.assert_array_equal(got['head'], expected['head'])
+
+
+def test_what_is_wrong_in_decoupled_wsam_is_named():
+  with pytest.raises(TypeError, match='first argument of decoupled_wsam is the optim'):
+    msam_optax.decoupled_wsam(0.1, optax.sgd(0.1))
+  with pytest.raises(TypeError, match='`learning_rate` must be a real number'):
+    msam_optax.decoupled_wsam(optax.sgd(0.1), optax.sgd(0.1))
+  with pytest.raises(ValueError, match='`learning_rate` must be finite and >= 0'):
+    msam_optax.decoupled_wsam(optax.sgd(0.1), -0.1)
 
 
 def test_gamma_of_decoupled_wsam_is_less_than_one():

@@ -123,6 +123,7 @@ def test_spectral_is_the_polar_factor_and_the_nuclear_norm(x64):
   np.testing.assert_allclose(slope, total + norm, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_vector_as_a_matrix_is_euclidean(x64):
   for shape in ((1, 5), (5, 1), (1, 1)):
     g = np.random.default_rng(2).normal(size=shape)
@@ -155,6 +156,7 @@ def test_singular_values_above_a_thousandth_become_one(shape):
   np.testing.assert_allclose(slope, np.sum(values), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_small_singular_values_are_enlarged_as_documented():
   values = np.array([1.0, 1e-4, 1e-5, 1e-6])
   g, _ = with_spectrum(values, (6, 5))
@@ -316,6 +318,7 @@ def test_constrained_maximum_over_the_max_norm(alpha, x64):
   np.testing.assert_allclose(g @ got, g @ delta, rtol=1e-8)
 
 
+@pytest.mark.slow
 @alphas
 def test_constrained_maximum_over_the_spectral_norm(alpha, x64):
   """A matrix and a vector, each of any length up to the same one."""

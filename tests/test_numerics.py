@@ -484,8 +484,8 @@ def test_gradients_next_to_the_largest_number_keep_their_direction(wide, jitted,
   sizes = [2.0**exponent, 2.0 ** (exponent - 1), 1.1 * 2.0 ** (exponent - 1)]
   for size in [*sizes, 4 * float(finfo.tiny)]:
     unit, norm = call(jnp.asarray([0.75 * size, -size], dtype))
-    np.testing.assert_allclose(unit, [0.6, -0.8], rtol=4 * finfo.eps)
-    np.testing.assert_allclose(norm, 1.25 * size, rtol=4 * finfo.eps)
+    np.testing.assert_allclose(unit, [0.6, -0.8], rtol=4 * float(finfo.eps))
+    np.testing.assert_allclose(norm, 1.25 * size, rtol=4 * float(finfo.eps))
 
 
 @pytest.mark.parametrize('jitted', [False, True], ids=['eager', 'jit'])

@@ -349,6 +349,7 @@ class VariantsTest(chex.TestCase):
     chex.assert_trees_all_equal(probe, moved | {'scale': params['scale']})
 
 
+@pytest.mark.slow
 def test_derivatives_where_a_step_is_zero():
   """At ρ = 0, and in a coordinate without gradient, where -0.0 is kept as well."""
   w, g = jnp.array([0.6, 0.8]), jnp.array([1.2, 1.6])

@@ -65,10 +65,10 @@ def assert_falls(losses):
   assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
 
 
-def train(method, take, params, batches, optimizer, rho, state=None):
+def train(method, grad_fn, params, batches, optimizer, rho, state=None):
   """``by_hand.train`` at a radius; the last params, or these and the last state."""
   params, new_state = by_hand.train(
-    method, take, params, state, batches, optimizer, radii=[rho]
+    method, grad_fn, params, state, batches, optimizer, radii=[rho]
   )
   return params if state is None else (params, new_state)
 
@@ -89,7 +89,7 @@ def consecutive(batch, parts):
 
 
 def plain_gradient(loss_fn):
-  """``take`` of :func:`by_hand.train` for ``loss_fn(params, batch)``."""
+  """``grad_fn`` of :func:`by_hand.train` for ``loss_fn(params, batch)``."""
   grad = jax.jit(jax.grad(loss_fn))
   return lambda params, _, batch: (grad(params, batch), None)
 
@@ -102,10 +102,10 @@ def test_equinox_batch_norm():
   def by_hand_with(rho):
     model, state = recipe.init()
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    take = lambda w, state, batch: grad(eqx.combine(w, static), state, *batch)
+    grad_fn = lambda w, state, batch: grad(eqx.combine(w, static), state, *batch)
     optimizer = by_hand.sgd(0.1, 0.9)
     params, state = train(
-      'msam', take, params, recipe.batches(20), optimizer, rho, state
+      'msam', grad_fn, params, recipe.batches(20), optimizer, rho, state
     )
     return jax.tree.leaves((params, state))
 
@@ -123,8 +123,8 @@ def test_equinox_frozen():
 
   def by_hand_with(rho):
     params, static = eqx.partition(initial, trained)
-    take = lambda w, _, batch: (grad(w, static, *batch), None)
-    return train('msam', take, params, recipe.batches(20), by_hand.sgd(0.1), rho)
+    grad_fn = lambda w, _, batch: (grad(w, static, *batch), None)
+    return train('msam', grad_fn, params, recipe.batches(20), by_hand.sgd(0.1), rho)
 
   check(eqx.filter(model, trained), by_hand_with, recipe.RHO)
   arrays = lambda tree: jax.tree.leaves(
@@ -142,9 +142,9 @@ def test_haiku_batch_norm():
 
   def by_hand_with(rho):
     params, state = recipe.init()
-    take = lambda params, state, batch: grad(params, state, *batch)
+    grad_fn = lambda params, state, batch: grad(params, state, *batch)
     optimizer = by_hand.sgd(0.1, 0.9)
-    return train('msam', take, params, recipe.batches(20), optimizer, rho, state)
+    return train('msam', grad_fn, params, recipe.batches(20), optimizer, rho, state)
 
   check(tuple(trained), by_hand_with, recipe.RHO)
   assert_falls(losses)
@@ -165,12 +165,12 @@ def test_keras_train_step():
   batches = list(zip(np.split(x, 4), np.split(y, 4), strict=True)) * 5
 
   def by_hand_with(rho):
-    take = lambda params, state, batch: grad(params, state, *batch)
+    grad_fn = lambda params, state, batch: grad(params, state, *batch)
     params, state = (
       values(fresh.trainable_variables),
       values(fresh.non_trainable_variables),
     )
-    return train('msam', take, params, batches, by_hand.sgd(0.1, 0.9), rho, state)
+    return train('msam', grad_fn, params, batches, by_hand.sgd(0.1, 0.9), rho, state)
 
   trained = values(model.trainable_variables), values(model.non_trainable_variables)
   check(trained, by_hand_with, recipe.RHO)
@@ -192,8 +192,8 @@ def test_ppo_minibatches():
 
   def by_hand_with(rho):
     optimizer = by_hand.adam(1e-2, eps=1e-5, clip=recipe.MAX_GRAD_NORM)
-    take = plain_gradient(recipe.loss_fn)
-    return train('msam', take, recipe.init(), minibatches, optimizer, rho)
+    grad_fn = plain_gradient(recipe.loss_fn)
+    return train('msam', grad_fn, recipe.init(), minibatches, optimizer, rho)
 
   check(params, by_hand_with, recipe.RHO)
   assert losses[-1] < 0.5 * losses[0]
@@ -203,13 +203,13 @@ def test_sweep():
   recipe = load('sweep')
   params, losses = recipe.train()
   assert recipe.sweep._cache_size() == 1
-  take = plain_gradient(recipe.loss_fn)
+  grad_fn = plain_gradient(recipe.loss_fn)
   for i, seed in enumerate(recipe.SEEDS[:2]):
     for j, rho in enumerate(recipe.RHOS):
       cell = jax.tree.map(lambda x: np.asarray(x)[i, j], params)
       batches = zip(*recipe.batches(20), strict=True)
       expected = train(
-        'msam', take, recipe.init(seed), batches, by_hand.sgd(0.1), float(rho)
+        'msam', grad_fn, recipe.init(seed), batches, by_hand.sgd(0.1), float(rho)
       )
       chex.assert_trees_all_close(cell, expected, rtol=1e-4, atol=2e-5)
   for run in np.asarray(losses).reshape(-1, losses.shape[-1]):
@@ -255,9 +255,9 @@ def test_dynamic_scale():
     params, scale, steps = recipe.init()[0].params, np.float32(2.0**22), 0
     optimizer = by_hand.sgd(0.1)
     for batch in recipe.batches(20):
-      take = functools.partial(grad, scale=scale, batch=batch)
-      clean = finite(take(params))
-      update = by_hand.update('msam', params, [take], radii=[rho]) if clean else None
+      grad_fn = functools.partial(grad, scale=scale, batch=batch)
+      clean = finite(grad_fn(params))
+      update = by_hand.update('msam', params, [grad_fn], radii=[rho]) if clean else None
       if clean and finite(update):
         params, steps = optimizer(params, update), steps + 1
       else:
@@ -295,13 +295,13 @@ def test_accumulation(name):
 def test_ema():
   recipe = load('ema')
   params, average, losses = recipe.train()
-  take = plain_gradient(recipe.loss_fn)
+  grad_fn = plain_gradient(recipe.loss_fn)
 
   def by_hand_with(rho):
     params = average = recipe.init()
     optimizer = by_hand.sgd(0.02, 0.9)
     for batch in recipe.batches(20):
-      params = train('msam', take, params, [batch], optimizer, rho)
+      params = train('msam', grad_fn, params, [batch], optimizer, rho)
       average = jax.tree.map(
         lambda a, w: np.float32(recipe.DECAY * a + (1 - recipe.DECAY) * w),
         average,
@@ -321,13 +321,13 @@ def test_some_steps(name):
   recipe = load('some_steps')
   when = recipe.WHEN[name]
   params, losses, records = recipe.train(when)
-  take = plain_gradient(recipe.loss_fn)
+  grad_fn = plain_gradient(recipe.loss_fn)
 
   def by_hand_with(rho):
     params, optimizer = recipe.init(), by_hand.sgd(0.02, 0.9)
     for step, batch in enumerate(recipe.batches(recipe.STEPS)):
       radius = rho if when(step) else 0.0
-      params = train('msam', take, params, [batch], optimizer, radius)
+      params = train('msam', grad_fn, params, [batch], optimizer, radius)
     return params
 
   check(params, by_hand_with, recipe.RHO)
@@ -509,7 +509,7 @@ def test_from_torch():
   graph, initial, rest = nnx.split(recipe.init(), nnx.Param, ...)
 
   @jax.jit
-  def take(params, rest, batch):
+  def grad_fn(params, rest, batch):
     def loss_fn(params):
       # A copy of the other variables, which the pass may change in this trace.
       model = nnx.merge(graph, params, jax.tree.map(lambda x: x, rest))
@@ -524,7 +524,7 @@ def test_from_torch():
     optimizer = lambda params, grads: velocity(
       params, jax.tree.map(lambda g, w: g + decay * w, grads, params)
     )
-    return train('sam', take, initial, recipe.batches(20), optimizer, rho, rest)
+    return train('sam', grad_fn, initial, recipe.batches(20), optimizer, rho, rest)
 
   got = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
   check(got, by_hand_with, recipe.RHO)

@@ -204,7 +204,7 @@ SPECTRA = {
 )
 def test_eigenvalues_over_20_decades_of_scale_and_6_of_spread(dtype, which):
   """Of diagonal Hessians, and of dense ones as far as their rounded entries go."""
-  eps = jnp.finfo(dtype).eps
+  eps = float(jnp.finfo(dtype).eps)
   rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(SIZE, SIZE)))
   for spectrum in SPECTRA.values():
     rotated = rotation @ np.diag(spectrum) @ rotation.T
@@ -229,6 +229,7 @@ def test_eigenvalues_on_one_side_of_a_tiny_hessian(which):
   np.testing.assert_allclose(got, ends(spectrum, which), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_an_eigenvalue_is_right_or_nan():
   """The smallest of a spectrum are 1e-12 of it apart: Krylov spaces fail on them."""
@@ -246,6 +247,7 @@ def test_a_hessian_that_is_not_finite_has_nan_for_eigenvalues():
     np.testing.assert_array_equal(got, np.nan)
 
 
+@pytest.mark.slow
 def test_eigenvalues_of_a_plane_are_zero():
   got = sharpness.hessian_eigenvalues(lambda w: jnp.sum(w), jnp.ones(100), key=KEY)
   np.testing.assert_allclose(got, [0.0], atol=1e-6)
@@ -288,6 +290,7 @@ def test_stability_matrix_of_paper(fixed_radius, alpha):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_stability_at_equilibria():
   """Eq. 11: near one, the eigenvalues are ``λ(1 + ρ̃λ)`` for ``λ`` of the Hessian."""
@@ -511,6 +514,7 @@ def test_arrays_of_an_equinox_model_as_the_message_says(name):
   chex.assert_tree_all_finite(got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CALLS)
 def test_a_loss_in_half_precision_of_parameters_in_several(name):
   """``Σ (½wᵢ²) + Σ bᵢ²`` at halves, which bfloat16 holds exactly."""
@@ -528,6 +532,7 @@ def test_a_loss_in_half_precision_of_parameters_in_several(name):
     np.testing.assert_allclose(got, [2], rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_parameters_in_single_and_double_precision():
   params = {'a': jnp.ones(2, jnp.float32), 'b': jnp.full(2, 2.0)}

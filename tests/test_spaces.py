@@ -59,7 +59,7 @@ def test_a_metric_with_memory_remembers_the_mean_over_replicas():
   np.testing.assert_allclose(state.metric_state, np.tile(memory, (2, 1)), rtol=1e-6)
   delta = 0.1 * memory / np.linalg.norm(memory)
   expected = np.mean(2 * ((W + delta)[None] - X), axis=0)
-  np.testing.assert_allclose(updates, np.tile(expected, (2, 1)), rtol=1e-6)
+  np.testing.assert_allclose(np.asarray(updates), np.tile(expected, (2, 1)), rtol=1e-6)
 
 
 @pytest.mark.parametrize('options', [{'axis_name': 'i'}, {'shards': 2}], ids=str)

@@ -11,11 +11,6 @@ import pytest
 
 import msam_optax
 
-if hasattr(jax, 'shard_map'):
-  shard_map = jax.shard_map
-else:
-  from jax.experimental.shard_map import shard_map
-
 
 def tree_of(rng, scale=1.0):
   draw = lambda *shape: (scale * rng.normal(size=shape)).astype(np.float32)
@@ -67,6 +62,32 @@ def test_the_fisher_information_is_that_of_examples():
   assert np.any(expected != by_sort(flat(grads), np.abs(flat(grads)), 0.7))
 
 
+def test_gradients_of_examples_are_those_of_all_leaves():
+  """Under a mask the metric sees a part of them; without their axis they are none."""
+  rng = np.random.default_rng(0)
+  examples = jax.tree.map(lambda *x: jnp.stack(x), *(tree_of(rng) for _ in range(5)))
+  grads = jax.tree.map(lambda x: x.mean(0), examples)
+  mask = {'kernel': True, 'bias': False, 'temperature': True}
+  tx = msam_optax.sparse_sam(0.3, 0.6, mask=mask)
+
+  def update(tx, grads, examples):
+    state = tx.init(grads)
+    return tx.update(grads, state, grads, grad_fn=lambda w: w, gradients=examples)[0]
+
+  got = update(tx, grads, examples)
+  kept = lambda tree: {name: tree[name] for name in ('kernel', 'temperature')}
+  expected = update(msam_optax.sparse_sam(0.3, 0.6), kept(grads), kept(examples))
+  chex.assert_trees_all_close(kept(got), expected, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"at \['bias'\] the gradient has the shape"):
+    update(msam_optax.sparse_sam(), grads, grads)
+
+
+@pytest.mark.parametrize('sparsity', [-0.5, 1.0, np.nan])
+def test_a_sparsity_out_of_range_at_run_time_is_seen(sparsity):
+  grads = tree_of(np.random.default_rng(0))
+  assert np.isnan(flat(ascent_of(grads, jnp.float32(sparsity)).direction)).all()
+
+
 def test_the_choice_is_kept_between_two():
   metric = msam_optax.sparse(sparsity=0.5, every=3)
   ascend = jax.jit(metric.ascend)
@@ -102,9 +123,27 @@ def test_shards_choose_as_the_whole_does():
     return lambda w: tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
 
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ('i',))
-  sharded = shard_map(update(tx), mesh=mesh, in_specs=(specs,), out_specs=specs)
+  sharded = jax.shard_map(update(tx), mesh=mesh, in_specs=(specs,), out_specs=specs)
   got, expected = jax.jit(sharded)(grads), update(alone)(grads)
   chex.assert_trees_all_close(got, expected, rtol=1e-5)
+
+
+@pytest.mark.cpu
+def test_replicas_choose_on_their_own():
+  """In a `shard_map` that checks what differs from device to device."""
+  rows = jnp.array([[1.0, 2.0, 3.0, 4.0], [4.0, 1.0, 1.0, 2.0]])
+  tx = msam_optax.sparse_sam(0.3, 0.5, axis_name='i')
+
+  def update(w, rows):
+    grad_fn = lambda w: w + rows[0]
+    return tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
+
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('i',))
+  mapped = jax.shard_map(update, mesh=mesh, in_specs=(P(), P('i')), out_specs=P())
+  got = jax.jit(mapped)(jnp.zeros(4), rows)
+  wide = np.asarray(rows, np.float64)
+  moved = [0.3 * by_sort(g, np.abs(g), 0.5) for g in wide]
+  np.testing.assert_allclose(got, np.mean(wide + moved, axis=0), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def divide(
   return [rng.permutation(np.flatnonzero(part == i)) for i in range(len(sizes))]
 
 
-def split(kind: str, names: Sequence[str], seed: int) -> Split:
+def split(kind: str, names: Sequence[str] | np.ndarray, seed: int) -> Split:
   """Divides the concepts at random, near duplicates (:func:`base`) always together.
 
   Args:
@@ -120,12 +120,13 @@ def split(kind: str, names: Sequence[str], seed: int) -> Split:
   rng = np.random.default_rng(seed)
   half, rest = TRAIN // 2, len(names) - TRAIN - VALIDATION
   sizes = (half, half, VALIDATION, rest)
-  pretrain, tune, *held_out = divide([base(name) for name in names], sizes, rng)
+  parts = divide([base(name) for name in names], sizes, rng)
+  pretrain, tune, validation, test = parts
   if kind == 'half':
-    return Split(pretrain, tune, *held_out, (0, 1), (0, 1))
+    return Split(pretrain, tune, validation, test, (0, 1), (0, 1))
   if kind == 'style':
     train = np.concatenate([pretrain, tune])
-    return Split(train, train, *held_out, (0,), (1,))
+    return Split(train, train, validation, test, (0,), (1,))
   raise ValueError(f'`kind` must be one of {SPLITS}, got {kind!r}.')
 
 

@@ -54,8 +54,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
   )
   rho = most_different(results)
   curves = below.subgridspec(1, len(PANELS), wspace=0.42)
-  for panel, (name, title, scale) in zip(curves, PANELS, strict=True):
-    ax = fig.add_subplot(panel)
+  for i, (name, title, scale) in enumerate(PANELS):
+    ax = fig.add_subplot(curves[i])
     for method in (SGD, *LOOKS):
       _draw_curve(ax, results, method, rho, name, scale)
     if name in ('train_loss', 'slope'):

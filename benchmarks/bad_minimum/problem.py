@@ -6,6 +6,7 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 
 FILE = Path(__file__).parents[1] / 'data' / 'fashion' / 'fashion_6000_2000.npz'
@@ -100,8 +101,8 @@ class ResNet(nnx.Module):
     self.block_3 = Block(2 * width, 4 * width, 2, rngs=rngs)
     self.dense = nnx.Linear(4 * width, classes, kernel_init=INIT, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    x = nnx.relu(self.norm(self.conv(x)))
+  def __call__(self, x: ArrayLike) -> jax.Array:
+    x = nnx.relu(self.norm(self.conv(jnp.asarray(x))))
     x = self.block_3(self.block_2(self.block_1(x)))
     return self.dense(jnp.mean(x, axis=(1, 2)))
 

@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 import optax
 
@@ -19,14 +20,14 @@ from benchmarks.common.storage import write_whole
 from msam_optax import flax_nnx
 
 
-def loss_fn(model: ResNet, x: jax.Array, y: jax.Array) -> jax.Array:
+def loss_fn(model: ResNet, x: ArrayLike, y: ArrayLike) -> jax.Array:
   """Mean cross entropy."""
   return optax.losses.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
 
 
 @nnx.jit
 def plain_step(
-  model: ResNet, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array
+  model: ResNet, optimizer: nnx.Optimizer, x: ArrayLike, y: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
   """One step of the optimizer alone; returns ``n = ‖g‖`` and no radius."""
   grads = nnx.grad(loss_fn)(model, x, y)
@@ -36,7 +37,7 @@ def plain_step(
 
 @nnx.jit
 def two_pass_step(
-  model: ResNet, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array
+  model: ResNet, optimizer: nnx.Optimizer, x: ArrayLike, y: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
   """One step with a probe; returns ``n = ‖g‖`` and the radius ``‖δ‖``."""
   grad_fn = flax_nnx.grad_fn(loss_fn, model, x, y)
@@ -46,7 +47,7 @@ def two_pass_step(
 
 
 @nnx.jit
-def measure(model: ResNet, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def measure(model: ResNet, x: ArrayLike, y: ArrayLike) -> tuple[jax.Array, jax.Array]:
   """Share of the images whose most likely class is their label, and the mean loss."""
   logits = model(x)
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
@@ -111,10 +112,10 @@ def fine_tune(
     ``lowest``, the lowest training accuracy seen; and ``curves``.
   """
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-  take = plain_step if radius is None else two_pass_step
+  train_step = plain_step if radius is None else two_pass_step
   if radius is not None:
     optimizer.opt_state[0].hyperparams['rho'][...] = jnp.float32(radius)
-  step = nnx.cached_partial(take, model, optimizer)
+  step = nnx.cached_partial(train_step, model, optimizer)
   rng = np.random.default_rng((seed, 2))
   looks = [_look(model, parts, 0)]
   steps = []
@@ -179,7 +180,7 @@ def save_params(path: Path, model: nnx.Module) -> None:
   write_whole(path, write)
 
 
-def load_params(path: Path, model: nnx.Module) -> nnx.Module:
+def load_params(path: Path, model: ResNet) -> ResNet:
   """The model with the stored parameters; changes it."""
   state = nnx.state(model, nnx.Param)
   with np.load(path) as file:

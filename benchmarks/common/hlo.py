@@ -222,7 +222,7 @@ def _trips(computations, called):
     ops = computations[called['condition']]
     root = next(op for op in ops.values() if op.is_root)
     counter, bound = (ops[x] for x in root.operands)
-    index = re.search(r'index=(\d+)', counter.rest)[1]
+    index = re.findall(r'index=(\d+)', counter.rest)[0]
     ops = computations[called['body']]
     result = next(op for op in ops.values() if op.is_root)
     parts = [ops[x] for x in ops[result.operands[int(index)]].operands]
@@ -254,14 +254,14 @@ def _nbytes(shape: Shape) -> int:
 
 def _dot(lhs, rhs, out, rest):
   del rhs
-  contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', rest)[1]
+  contracted = re.findall(r'lhs_contracting_dims=\{([\d,]*)\}', rest)[0]
   return math.prod(out) * math.prod(lhs[int(i)] for i in contracted.split(',') if i)
 
 
 def _convolution(lhs, rhs, out, rest):
   """Multiplications of a convolution: only those that do not meet padding or gaps."""
-  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', rest)
-  left, right, result = (dict(zip(s, range(9), strict=False)) for s in labels.groups())
+  labels = re.findall(r'dim_labels=(\w+)_(\w+)->(\w+)', rest)[0]
+  left, right, result = (dict(zip(s, range(9), strict=False)) for s in labels)
   window = re.search(r'window=\{([^}]*)\}', rest)
   window = dict(x.split('=') for x in window[1].split()) if window else {}
   count = out[result['b']] * out[result['f']] * rhs[right['i']]

@@ -129,6 +129,7 @@ def make_loop(
 
   def loop():
     nonlocal carry
+    value = None
     for _ in range(repeats * step.calls):
       carry, value = compiled(carry, batch)
     jax.block_until_ready((carry, value))

@@ -34,7 +34,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 RING = {'markersize': 13, 'markerfacecolor': 'none', 'markeredgewidth': 1.4}
 
-RC = {
+RC: dict[Any, Any] = {
   'figure.dpi': 100,
   'savefig.dpi': 120,
   'savefig.bbox': 'tight',

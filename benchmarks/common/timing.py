@@ -81,7 +81,7 @@ def rotated(names: list[str], turn: int) -> list[str]:
   return names[start:] + names[:start]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: np.ndarray | Sequence[float]) -> dict[str, float]:
   """Median and quartiles."""
   low, median, high = np.percentile(values, [25, 50, 75])
   return {'median': float(median), 'q25': float(low), 'q75': float(high)}

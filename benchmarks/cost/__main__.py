@@ -72,11 +72,13 @@ def compile_step(
   start = time.perf_counter()
   compiled = jax.jit(step.run, donate_argnums=0).lower(carry, problem.batch).compile()
   seconds = time.perf_counter() - start
-  cost = compiled.cost_analysis()
+  cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+  if cost is None or memory is None:
+    raise RuntimeError('This backend of JAX does not tell what a program costs.')
   return compiled, {
     'flops': step.calls * cost['flops'],
     'bytes': step.calls * cost['bytes accessed'],
-    'temporaries': compiled.memory_analysis().temp_size_in_bytes,
+    'temporaries': memory.temp_size_in_bytes,
     'state': _nbytes(opt_state),
     'state_beyond_adam': _nbytes(opt_state) - _nbytes(adam_state),
     'compile_s': seconds,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
@@ -82,8 +83,8 @@ class Net(nnx.Module):
     self.norm_2 = nnx.GroupNorm(2 * width, num_groups=2, rngs=rngs)
     self.dense = nnx.Linear(16 * 2 * width, CLASSES, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    x = nnx.relu(self.norm_1(self.conv_1(x)))
+  def __call__(self, x: ArrayLike) -> jax.Array:
+    x = nnx.relu(self.norm_1(self.conv_1(jnp.asarray(x))))
     x = nnx.relu(self.norm_2(self.conv_2(x)))
     return self.dense(x.reshape(x.shape[0], -1))
 
@@ -118,25 +119,25 @@ def optimizers(learning_rate: float) -> dict[str, optax.GradientTransformation]:
   }
 
 
-def loss_fn(model: Net, x: jax.Array, y: jax.Array) -> jax.Array:
+def loss_fn(model: Net, x: ArrayLike, y: ArrayLike) -> jax.Array:
   """Mean cross entropy."""
   return optax.losses.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
 
 
 @nnx.jit
 def train_step(
-  model: Net, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array
+  model: Net, optimizer: nnx.Optimizer, x: ArrayLike, y: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
   """One step of SAM or Monge SAM; returns ``‖g‖`` and the rise at the probe."""
-  take = flax_nnx.value_and_grad_fn(loss_fn, model, x, y)
+  value_and_grad_fn = flax_nnx.value_and_grad_fn(loss_fn, model, x, y)
   loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)
-  optimizer.update(model, grads, value=loss, value_and_grad_fn=take)
+  optimizer.update(model, grads, value=loss, value_and_grad_fn=value_and_grad_fn)
   return optax.tree.norm(grads), optax.tree.get(optimizer.opt_state, 'rise')[...]
 
 
 @nnx.jit
 def adam_step(
-  model: Net, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array
+  model: Net, optimizer: nnx.Optimizer, x: ArrayLike, y: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
   """One step of Adam alone; returns ``‖g‖`` and no rise, there being no probe."""
   _, grads = nnx.value_and_grad(loss_fn)(model, x, y)
@@ -145,14 +146,14 @@ def adam_step(
 
 
 @nnx.jit
-def accuracy(model: Net, x: jax.Array, y: jax.Array) -> jax.Array:
+def accuracy(model: Net, x: ArrayLike, y: ArrayLike) -> jax.Array:
   """Share of the images whose most likely class is their label."""
   return jnp.mean(jnp.argmax(model(x), axis=-1) == y)
 
 
 def start(
   settings: Settings, tx: optax.GradientTransformation, rho: float | None, seed: int
-) -> tuple[Net, Callable[[jax.Array, jax.Array], Any]]:
+) -> tuple[Net, Callable[[ArrayLike, ArrayLike], Any]]:
   """A fresh net, and a function that takes a step of training it on a batch.
 
   Args:

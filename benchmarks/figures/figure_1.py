@@ -79,13 +79,13 @@ def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
       label=name,
     )
   ax.plot(*SETTINGS['start'], 'o', color='white', markeredgecolor='black', zorder=6)
-  for text, at, shift in (
+  for text, (x, y), shift in (
     ('start', SETTINGS['start'], (0, 9)),
     ('saddle', landscapes.SADDLE, (10, 8)),
     ('flattest minimum', landscapes.FLATTEST[1], (10, -16)),
   ):
-    ax.annotate(text, at, shift, textcoords='offset points', zorder=7).set_path_effects(
-      [patheffects.withStroke(linewidth=3, foreground='white')]
+    ax.annotate(text, (x, y), shift, textcoords='offset points', zorder=7).set(
+      path_effects=[patheffects.withStroke(linewidth=3, foreground='white')]
     )
   ax.legend(loc='lower right', frameon=True, framealpha=0.95, edgecolor='none')
   ax.set_title('Three methods from one start', loc='left', fontsize=11.5)

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from matplotlib.patches import Circle
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -67,7 +68,7 @@ def share(rho: Any, alpha: float) -> Any:
   return np.minimum(basin(rho, alpha) / SETTINGS['region'], 1) ** 2
 
 
-def measure(*, quick: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(*, quick: bool = False) -> tuple[dict[str, Any], dict[Any, Any]]:
   """The shares that stay, for the paper's ρ and a sweep, and paths for the picture."""
   starts = samples()
   lr, steps = SETTINGS['lr'], SETTINGS['steps']
@@ -138,11 +139,11 @@ def _sweep(name, rhos, starts):
   return stays(np.asarray(jax.jit(jax.vmap(ends))(jnp.asarray(rhos)))).mean(axis=-1)
 
 
-def draw(numbers: dict[str, Any], paths: dict[str, Any], file: Path) -> None:
+def draw(numbers: dict[str, Any], paths: dict[Any, Any], file: Path) -> None:
   """Writes a row per ρ and a column per method, and the sweep beside them."""
   style.use()
   fig = plt.figure(figsize=(13.6, 7.6), layout='constrained')
-  left, right = fig.subfigures(1, 2, width_ratios=(1.62, 1))
+  [[left, right]] = fig.subfigures(1, 2, squeeze=False, width_ratios=(1.62, 1))
   rhos = SETTINGS['rhos']
   for band, rho in zip(left.subfigures(len(rhos), 1), rhos, strict=True):
     band.suptitle(f'ρ = {rho:g}', x=0.02, ha='left', fontsize=11.5)
@@ -170,9 +171,9 @@ def _draw_from_above(ax, settings, row, path):
   ax.plot(*path[stay].T, color=colour, linewidth=0.9, alpha=0.9, zorder=3)
   ax.plot(*path[~stay, -1].T, 'o', color=LEAVES, markersize=2.2, zorder=3)
   ax.plot(*path[stay, 0].T, 'o', color=colour, markersize=2.6, zorder=4)
-  ax.add_patch(plt.Circle((0, 0), row['basin'], fill=False, color=colour, zorder=5))
+  ax.add_patch(Circle((0, 0), row['basin'], fill=False, color=colour, zorder=5))
   ax.add_patch(
-    plt.Circle(
+    Circle(
       (0, 0), settings['region'], fill=False, color='black', linestyle=':', zorder=5
     )
   )

@@ -32,7 +32,7 @@ def amplitude(lr: float, rho: float, alpha: float) -> float:
   return float(np.sqrt((np.hypot(1, 4 * alpha * reach) - 1) / (8 * alpha**2)))
 
 
-def measure(*, quick: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(*, quick: bool = False) -> tuple[dict[str, Any], dict[Any, Any]]:
   """The loss after the last step, and the paths for the picture."""
   del quick  # four runs of 11 steps
   rho, alpha = SETTINGS['rho'], SETTINGS['alpha']

@@ -139,12 +139,14 @@ def draw(numbers: dict[str, Any], maps: dict[Any, np.ndarray], file: Path) -> No
   fig = plt.figure(figsize=(13, 10.4), layout='constrained')
   title = 'Where the flow attracts: A_ρ with the radius held fixed'
   fig.suptitle(title, fontsize=12.5, x=0.01, ha='left')
-  upper, lower = fig.subfigures(2, 1, height_ratios=(1.8, 1))
+  [[upper], [lower]] = fig.subfigures(2, 1, squeeze=False, height_ratios=(1.8, 1))
   axes = upper.subplots(len(methods), len(rhos), sharex=True, sharey=True)
   for line, method in zip(axes, methods, strict=True):
-    for ax, rho in zip(line, rhos, strict=True):
-      image = _draw_map(ax, numbers, method, rho, maps[method, 'fixed radius', rho])
-    bar = upper.colorbar(image, ax=list(line), extend='both', aspect=16, pad=0.01)
+    images = [
+      _draw_map(ax, numbers, method, rho, maps[method, 'fixed radius', rho])
+      for ax, rho in zip(line, rhos, strict=True)
+    ]
+    bar = upper.colorbar(images[-1], ax=list(line), extend='both', aspect=16, pad=0.01)
     bar.set_label('smaller eigenvalue of A')
     line[0].set_ylabel(method, color=style.COLOURS[method], weight='bold', fontsize=14)
   for ax, rho in zip(axes[0], rhos, strict=True):

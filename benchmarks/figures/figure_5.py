@@ -116,7 +116,7 @@ def draw(numbers: dict[str, Any], paths: dict[str, np.ndarray], file: Path) -> N
   fig = plt.figure(figsize=(16, 8.7), layout='constrained')
   runs = len(numbers['ends']['SAM'])
   fig.suptitle(f'{runs} runs from a grid of starts', fontsize=13, x=0.01, ha='left')
-  left, right = fig.subfigures(1, 2, width_ratios=(3, 1))
+  [[left, right]] = fig.subfigures(1, 2, squeeze=False, width_ratios=(3, 1))
   panels = left.subfigures(-(-len(paths) // COLUMNS), COLUMNS).flat
   for panel, row in zip(panels, numbers['rows'], strict=True):
     _draw_joint(panel, row['method'], paths[row['method']])

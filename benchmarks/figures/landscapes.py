@@ -6,6 +6,7 @@ is a `lax.scan` over its updates.
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ METHODS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
-def valley(w: jax.Array) -> jax.Array:
+def valley(w: Any) -> Any:
   """``(1 − w₁w₂)²``: two valleys of minima with a saddle between them, at 0."""
   return (1 - w[0] * w[1]) ** 2
 
@@ -72,7 +73,7 @@ def trajectory(
   tx = optax.with_extra_args_support(optax.chain(method, optax.sgd(lr)))
   grad = jax.grad(loss)
 
-  def step(carry, _):
+  def step(carry, _) -> tuple[Any, Any]:
     w, state = carry
     updates, state = tx.update(grad(w), state, w, grad_fn=grad)
     w = optax.apply_updates(w, updates)
@@ -113,7 +114,7 @@ def place(w: np.ndarray) -> str:
 
 def draw_valley(ax, x_range, y_range) -> None:
   """Draws contours of the loss."""
-  x, y = np.meshgrid(np.linspace(*x_range, 301), np.linspace(*y_range, 301))
+  x, y = np.meshgrid(np.linspace(*x_range, num=301), np.linspace(*y_range, num=301))
   loss = (1 - x * y) ** 2
   shade = np.log10(loss + 0.03)
   ax.contourf(x, y, shade, levels=24, cmap='Greys', vmin=-1.6, vmax=7, zorder=0)

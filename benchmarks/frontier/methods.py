@@ -67,7 +67,7 @@ def some_steps(when: Callable[[Any, int], Any]) -> Callable[..., Any]:
 
   def make(rho, lr, steps):
     method = optax.conditionally_transform(
-      msam_optax.msam(rho), lambda step: when(step, steps)
+      msam_optax.msam(rho), lambda step, **_: when(step, steps)
     )
     return optax.chain(method, adam(lr, steps))
 
@@ -108,6 +108,7 @@ METHODS: dict[str, Entry] = {
   'SAM': Entry(2, before(msam_optax.sam)),
   'Monge SAM': Entry(2, before(msam_optax.msam)),
   'Monge SAM, rise τ': Entry(2, rise, 'τ', RISES),
+  'Monge SAM, τ = 0.3': Entry(2, before(msam_optax.msam, max_rise=0.3)),
   'ASAM': Entry(2, before(msam_optax.asam)),
   'Fisher SAM': Entry(2, before(msam_optax.fisher_sam)),
   'GSAM': Entry(2, before(msam_optax.gsam)),

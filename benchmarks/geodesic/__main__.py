@@ -167,7 +167,7 @@ def draw(scenes: list[dict[str, Any]], file: Path) -> None:
 
 
 def _draw_map(ax, scene):
-  x, y = (np.linspace(*ends, 241) for ends in scene.extent)
+  x, y = (np.linspace(*ends, num=241) for ends in scene.extent)
   shown = landscape.loss_slice(
     scene.loss, jnp.zeros(2), [jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])], [x, y]
   )

@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     'settings': settings
     | {'smoke': args.smoke, 'budget': args.budget, 'donated': True}
     | {
-      'matmul_precision': str(jax.config.jax_default_matmul_precision),
+      # Options of JAX are attributes only at run time.
+      'matmul_precision': str(jax.config.jax_default_matmul_precision),  # pyright: ignore
       'XLA_FLAGS': os.environ.get('XLA_FLAGS', ''),
     },
     'parts': {},

@@ -187,7 +187,7 @@ def random_vectors(key: jax.Array, shapes: dict[str, Any]) -> tuple[Any, Any]:
   leaves = jax.tree.leaves(shapes, is_leaf=is_shape)
   size = sum(math.prod(shape) for shape in leaves)
   w, g = jax.random.split(key)
-  return 0.02 * jax.random.normal(w, size), 1e-4 * jax.random.normal(g, size)
+  return 0.02 * jax.random.normal(w, (size,)), 1e-4 * jax.random.normal(g, (size,))
 
 
 def random_trees(key: jax.Array, shapes: dict[str, Any]) -> tuple[Any, Any]:

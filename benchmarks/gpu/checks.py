@@ -5,6 +5,7 @@ all leaves. The device computes in float32, with float32 (not TF32) multiplicati
 """
 
 from collections.abc import Iterator
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -174,25 +175,25 @@ def compare_gradients(case, w, data, transformations, probe, metric) -> Iterator
   dtype = w['kernel_1'].dtype.name
   drop_ins = {}
   if metric is not None:
-    drop_ins = {'drop-in': {}, 'drop-in, compile_once': {'compile_once': True}}
+    make = functools.partial(
+      msam_optax.value_and_grad, loss, metric, RHO, perturbation_dtype=probe
+    )
+    drop_ins = {'drop-in': make(), 'drop-in, compile_once': make(compile_once=True)}
 
   @jax.jit
-  def take(w, data, scale):
+  def values_and_grads(w, data, scale):
     value, g = jax.value_and_grad(loss)(w, data, scale)
     grad_fn = lambda w: jax.grad(loss)(w, data, scale)
     found = {
       name: tx.update(g, tx.init(w), w, grad_fn=grad_fn)[0]
       for name, tx in transformations.items()
     }
-    for name, options in drop_ins.items():
-      drop_in = msam_optax.value_and_grad(
-        loss, metric, RHO, perturbation_dtype=probe, **options
-      )
+    for name, drop_in in drop_ins.items():
       value, found[name] = drop_in(w, data, scale)
     return value, found
 
   for scale in SCALES:
-    value, found = take(w, data, np.float32(scale))
+    value, found = values_and_grads(w, data, np.float32(scale))
     exact = float(np.float32(scale))
     true_value, _ = gpu_truth.loss_and_grad(w, data, exact)
     true = gpu_truth.two_pass(

@@ -50,13 +50,13 @@ def adam(objective, mesh):
 def own_ascent(objective, mesh, compile_once=False):
   """Each chip, or group, goes uphill on its own; gradients at probes are averaged."""
   axis = mesh.axis_names[0]
-  take = msam_optax.value_and_grad(
+  value_and_grad_fn = msam_optax.value_and_grad(
     objective, rho=cost_steps.RHO, axis_name=axis, compile_once=compile_once
   )
 
   def inner(params, batch):
     params = jax.lax.pcast(params, axis, to='varying')
-    value, grads = take(params, batch)
+    value, grads = value_and_grad_fn(params, batch)
     return jax.lax.pmean(value, axis), grads
 
   mapped = jax.shard_map(

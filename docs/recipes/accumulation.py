@@ -48,8 +48,10 @@ def stream_step(params, opt_state, microbatch):
 @jax.jit
 def batch_step(params, opt_state, batch):
   """One batch, whose k micro-batches the drop-in runs one after the other."""
-  take = value_and_grad(loss_fn, monge(alpha=1.0), rho=RHO, shards=MICROBATCHES)
-  loss, grads = take(params, batch)
+  value_and_grad_fn = value_and_grad(
+    loss_fn, monge(alpha=1.0), rho=RHO, shards=MICROBATCHES
+  )
+  loss, grads = value_and_grad_fn(params, batch)
   updates, opt_state = optimizer.update(grads, opt_state, params)
   return optax.apply_updates(params, updates), opt_state, loss
 

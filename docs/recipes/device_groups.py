@@ -43,10 +43,10 @@ def loss_fn(params, batch):
 def drop_in_step(params, opt_state, batch):
   # Copies that may differ between devices: each takes the gradient of its own rows.
   own_params = jax.lax.pcast(params, ('group', 'device'), to='varying')
-  take = value_and_grad(
+  value_and_grad_fn = value_and_grad(
     loss_fn, monge(alpha=1.0), rho=RHO, axis_name='device', sync_ascent=True
   )
-  loss, grads = take(own_params, batch)
+  loss, grads = value_and_grad_fn(own_params, batch)
   # So far both gradients are means over the group; now the second is one over all.
   grads = jax.lax.pmean(grads, 'group')
   updates, opt_state = optimizer.update(grads, opt_state, params)

@@ -62,7 +62,7 @@ def train_step(params, batch_stats, opt_state, x, y):
   """On each device with its own rows, as under `pmap`."""
   # Copies that may differ between devices: each takes the gradient of its own rows.
   own_params, own_stats = jax.lax.pcast((params, batch_stats), 'batch', to='varying')
-  take = value_and_grad(
+  value_and_grad_fn = value_and_grad(
     forward_and_loss,
     euclidean(),
     rho=SAM_RHO,
@@ -70,7 +70,7 @@ def train_step(params, batch_stats, opt_state, x, y):
     axis_name='batch',
     sync_ascent=SYNC_PERTURBATIONS,
   )
-  (loss, own_stats), grads = take(own_params, own_stats, x, y)
+  (loss, own_stats), grads = value_and_grad_fn(own_params, own_stats, x, y)
   updates, opt_state = optimizer.update(grads, opt_state, params)
   params = optax.apply_updates(params, updates)
   # Theirs are averaged before evaluation. Averaging in every step gives the same, since

@@ -32,10 +32,10 @@ class SharpnessAwareModel(keras.Model):
   def train_step(self, state, data):
     trainable, non_trainable, optimizer_variables, metrics_variables = state
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    take = value_and_grad(
+    value_and_grad_fn = value_and_grad(
       self.compute_loss_and_updates, monge(alpha=1.0), rho=RHO, has_aux=True
     )
-    (_, aux), grads = take(
+    (_, aux), grads = value_and_grad_fn(
       trainable,
       non_trainable,
       metrics_variables,

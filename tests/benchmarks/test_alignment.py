@@ -31,7 +31,7 @@ def by_hand(x, y, k):
       for j in range(len(z))
       if j != i
     }
-    return set(sorted(cosine, key=cosine.get)[-k:])
+    return set(sorted(cosine, key=cosine.__getitem__)[-k:])
 
   return np.mean([len(neighbours(x, i) & neighbours(y, i)) / k for i in range(len(x))])
 
@@ -45,6 +45,7 @@ def test_mutual_knn_equals_sets_of_neighbours(k):
   np.testing.assert_allclose(got, by_hand(x, y, k), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_mutual_knn_is_one_for_the_same_directions():
   x = jax.random.normal(jax.random.key(0), (40, 6))
   rotation, _ = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (6, 6)))
@@ -57,6 +58,7 @@ def test_mutual_knn_of_all_neighbours_is_one():
   assert mutual_knn(x, y, k=8) == 1
 
 
+@pytest.mark.slow
 def test_mutual_knn_of_unrelated_spaces_is_chance():
   x, y = jax.random.normal(jax.random.key(0), (2, 400, 10))
   assert abs(mutual_knn(x, y) - 8 / 399) < 0.01

@@ -99,6 +99,7 @@ def test_no_budget_skips_every_part_and_says_so(tmp_path, capsys):
     assert f'skipped: {name}' in printed
 
 
+@pytest.mark.slow
 def test_wrong_formula_is_reported_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
   right = msam_optax.monge
   monkeypatch.setattr(msam_optax, 'monge', lambda a, base: right(1.01 * a, base))
@@ -124,6 +125,7 @@ def test_wrong_formula_is_reported_and_the_rest_goes_on(tmp_path, capsys, monkey
   assert 'ms' in parts['ascent']['operations'][gpu_ascent.COPY]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', gpu_checks.cases())
 def test_ascent_that_is_slightly_too_long_is_noticed(name):
   case = gpu_checks.cases()[name]
@@ -320,6 +322,7 @@ def test_every_operation_of_a_program_takes_place():
     np.testing.assert_array_equal(same, g)
 
 
+@pytest.mark.slow
 def test_both_ascents_are_the_same():
   shapes = gpu_ascent.transformer_shapes(4, 1, 8)
 

@@ -210,8 +210,8 @@ def test_before_every_wrapper_in_a_chain(method, name):
 @pytest.mark.slow
 @every_method_before_some
 def test_drop_in_works_with_every_wrapper(method, name):
-  take = drop_in(method, lambda p: loss(p, DATA))
-  value, grads = take(PARAMS)
+  value_and_grad_fn = drop_in(method, lambda p: loss(p, DATA))
+  value, grads = value_and_grad_fn(PARAMS)
   wrapped = INNER[name](optax.sgd(0.1))
   got, _ = wrapped.update(grads, wrapped.init(PARAMS), PARAMS)
   chained = step(optax.chain(transformation(method), wrapped), grad_fn=GRAD_FN)
@@ -257,6 +257,7 @@ def test_clipping_before_the_method_changes_its_radius_and_after_it_does_not():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['flax', 'orbax'])
 @every_kind_slowly
 def test_training_that_began_without_the_method_goes_on_with_it(method, how, tmp_path):
@@ -274,7 +275,7 @@ def test_training_that_began_without_the_method_goes_on_with_it(method, how, tmp
       checkpointer.wait_until_finished()
       params, restored = checkpointer.restore(tmp_path / 'adam', (params, old))
 
-  ascent, _ = tx.init(params)
+  ascent = tx.init(params)[0]
   updates, _ = tx.update(GRAD_FN(params), (ascent, restored), params, grad_fn=GRAD_FN)
 
   at_probe = drop_in(method, lambda p: loss(p, DATA))(params)[1]
@@ -299,6 +300,7 @@ def test_accumulation_after_the_method(method):
 
   @jax.jit
   def run(state):
+    updates = None
     for i in range(3):
       grad_fn = jax.grad(lambda p: loss(p, batch(i)))
       updates, state = tx.update(grad_fn(PARAMS), state, PARAMS, grad_fn=grad_fn)
@@ -310,15 +312,17 @@ def test_accumulation_after_the_method(method):
   )
 
 
+@pytest.mark.slow
 @every_kind_slowly
 def test_accumulation_of_the_drop_in(method):
   tx = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
-  take = drop_in(method, loss)
+  value_and_grad_fn = drop_in(method, loss)
 
   @jax.jit
   def run(state):
+    updates = None
     for i in range(3):
-      _, grads = take(PARAMS, batch(i))
+      _, grads = value_and_grad_fn(PARAMS, batch(i))
       updates, state = tx.update(grads, state, PARAMS)
     return updates
 
@@ -337,6 +341,7 @@ def test_accumulation_round_the_method_needs_the_whole_batch_in_grad_fn(method):
 
   @jax.jit
   def run(state):
+    updates = None
     for i in range(3):
       updates, state = tx.update(
         jax.grad(loss)(PARAMS, batch(i)), state, PARAMS, grad_fn=jax.grad(mean_loss)

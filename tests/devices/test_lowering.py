@@ -47,14 +47,14 @@ def make_step(method, interface):
 
   def step(params, state, data):
     if interface == 'chain':
-      take = lambda params: jax.value_and_grad(loss)(params, data)
-      value, grads = take(params)
+      value_and_grad_fn = lambda params: jax.value_and_grad(loss)(params, data)
+      value, grads = value_and_grad_fn(params)
       updates, state = tx.update(
-        grads, state, params, value_and_grad_fn=take, value=value
+        grads, state, params, value_and_grad_fn=value_and_grad_fn, value=value
       )
     else:
-      take = drop_in(method, loss)
-      value, grads = take(params, data)
+      value_and_grad_fn = drop_in(method, loss)
+      value, grads = value_and_grad_fn(params, data)
       updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, value
 
@@ -73,7 +73,8 @@ def flat_problem(method, interface, dtype):
   leaves, structure = jax.tree.flatten((params, tx.init(params)))
 
   def flat_step(leaves, data):
-    *carry, value = step(*jax.tree.unflatten(structure, leaves), data)
+    params, state = jax.tree.unflatten(structure, leaves)
+    *carry, value = step(params, state, data)
     return jax.tree.leaves(carry), value
 
   return flat_step, leaves, data
@@ -108,6 +109,7 @@ def test_lowers_for(platform, method, interface, dtype):
   assert_exported(through_bytes(exported), platform, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('method', 'interface', 'dtype'),
   # Step by step every operation is compiled alone, and that takes seconds.
@@ -160,6 +162,7 @@ def test_sharded_step_lowers_for(platform, method, interface):
   assert_exported(through_bytes(exported), platform, arguments, DEVICES)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @every_interface
 def test_sharded_exported_step_equals_eager_one_on_one_device(method, interface):
@@ -183,8 +186,9 @@ def test_mapped_step_lowers_for(platform, method):
   grad_fn = lambda params, data: jax.grad(loss)(params, data)
 
   def step(params, data):
-    take = lambda params: grad_fn(params, data)
-    return tx.update(take(params), tx.init(params), params, grad_fn=take)[0]
+    own_grad_fn = lambda params: grad_fn(params, data)
+    grads = own_grad_fn(params)
+    return tx.update(grads, tx.init(params), params, grad_fn=own_grad_fn)[0]
 
   mapped = jax.shard_map(
     step, mesh=mesh, in_specs=(P(), P('i')), out_specs=P(), check_vma=False

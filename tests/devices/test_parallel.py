@@ -20,10 +20,6 @@ from tests.methods import OTHER_KINDS
 from tests.methods import transformation
 
 PARTS = 4
-if hasattr(jax, 'shard_map'):
-  shard_map = jax.shard_map
-else:
-  from jax.experimental.shard_map import shard_map
 
 pytestmark = pytest.mark.cpu
 
@@ -68,10 +64,10 @@ def chain(method, loss=loss, **kwargs):
   tx = transformation(method, **kwargs)
 
   def step(params, data):
-    take = jax.value_and_grad(lambda p: loss(p, data))
-    value, grads = take(params)
+    value_and_grad_fn = jax.value_and_grad(lambda p: loss(p, data))
+    value, grads = value_and_grad_fn(params)
     updates, _ = tx.update(
-      grads, tx.init(params), params, value_and_grad_fn=take, value=value
+      grads, tx.init(params), params, value_and_grad_fn=value_and_grad_fn, value=value
     )
     return value, updates
 
@@ -106,7 +102,7 @@ def mesh(**axes):
 def on_devices(f, mesh, in_specs, out_specs, **kwargs):
   """``shard_map`` in one program: without ``jit`` each operation would be one."""
   return jax.jit(
-    shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **kwargs)
+    jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **kwargs)
   )
 
 
@@ -261,9 +257,6 @@ def test_shard_map_that_gathers_fully_sharded_parameters(check_vma, method, inte
   assert_close(grads, expected(method)[1])
 
 
-@pytest.mark.skipif(
-  not hasattr(jax, 'shard_map'), reason='this JAX maps all axes or none'
-)
 @every_interface
 def test_one_ascent_a_pod_with_parameters_sharded_inside_it(interface):
   """Mapped over the pods only: how it lies on their chips is left to the compiler."""

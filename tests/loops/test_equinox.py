@@ -78,8 +78,8 @@ def drop_in_step(method, loss_fn, tx, **options):
   @eqx.filter_jit
   def make_step(model, opt_state, *args):
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    take = lambda params: loss_fn(eqx.combine(params, static), *args)
-    loss, grads = drop_in(method, take, **options)(params)
+    loss_of_params = lambda params: loss_fn(eqx.combine(params, static), *args)
+    loss, grads = drop_in(method, loss_of_params, **options)(params)
     updates, opt_state = tx.update(grads, opt_state, params)
     return eqx.apply_updates(model, updates), opt_state, loss
 
@@ -98,8 +98,8 @@ def run(make_step, tx, model, batches):
 def by_hand(method, grad, model, batches, optimizer, **options):
   """Plain training of the arrays of a model, put back into it at the end."""
   params, static = eqx.partition(model, eqx.is_inexact_array)
-  take = lambda params, _, batch: (grad(eqx.combine(params, static), *batch), None)
-  params, _ = train(method, take, params, None, batches, optimizer, **options)
+  grad_fn = lambda params, _, batch: (grad(eqx.combine(params, static), *batch), None)
+  params, _ = train(method, grad_fn, params, None, batches, optimizer, **options)
   return params
 
 
@@ -141,8 +141,8 @@ def test_mlp_drop_in(method):
 
 def test_model_of_arrays_alone_needs_no_filter():
   linear = build(lambda key: eqx.nn.Linear(3, 2, key=key), KEY)
-  take = lambda params, _, batch: (jax.jit(jax.grad(mlp_loss))(params, *batch), None)
-  expected, _ = train('msam', take, linear, None, BATCHES[:1], sgd(0.1))
+  grad_fn = lambda params, _, batch: (jax.jit(jax.grad(mlp_loss))(params, *batch), None)
+  expected, _ = train('msam', grad_fn, linear, None, BATCHES[:1], sgd(0.1))
   _, grads = jax.jit(drop_in('msam', mlp_loss))(linear, *BATCHES[0])
   close(
     jax.tree.map(lambda w, g: np.float32(w - 0.1 * np.asarray(g)), linear, grads),
@@ -190,10 +190,12 @@ def batch_norm_chain(method):
 
   @eqx.filter_jit
   def make_step(model, state, opt_state, x, y):
-    take = eqx.filter_grad(batch_norm_loss, has_aux=True)
-    grads, new_state = take(model, state, x, y)
+    grad_and_state_fn = eqx.filter_grad(batch_norm_loss, has_aux=True)
+    grads, new_state = grad_and_state_fn(model, state, x, y)
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    grad_fn = lambda params: take(eqx.combine(params, static), state, x, y)[0]
+    grad_fn = lambda params: grad_and_state_fn(
+      eqx.combine(params, static), state, x, y
+    )[0]
     updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
     return eqx.apply_updates(model, updates), new_state, opt_state
 
@@ -226,10 +228,10 @@ BATCH_NORM = {'chain': batch_norm_chain, 'drop-in': batch_norm_drop_in}
 def test_batch_norm_moves_once_by_the_clean_pass(method, interface, mode):
   model, state = make_batch_norm_net(mode)
   params, static = eqx.partition(model, eqx.is_inexact_array)
-  take = lambda params, state, batch: BATCH_NORM_GRAD(
+  grad_fn = lambda params, state, batch: BATCH_NORM_GRAD(
     eqx.combine(params, static), state, *batch
   )
-  expected, statistics = train(method, take, params, state, BATCHES, sgd(0.1, 0.9))
+  expected, statistics = train(method, grad_fn, params, state, BATCHES, sgd(0.1, 0.9))
   tx, make_step = BATCH_NORM[interface](method)
   opt_state = tx.init(params)
   for x, y in BATCHES:
@@ -263,8 +265,8 @@ def frozen_by_hand(method, optimizer=None):
   """The norm is that of the gradient of the last layer, and only that one moves."""
   optimizer = optimizer or adam(0.01, eps=EPS)
   params, static = eqx.partition(MLP, last_layer_of(MLP, chosen=True))
-  take = lambda params, _, batch: (FROZEN_GRAD(params, static, *batch), None)
-  params, _ = train(method, take, params, None, BATCHES, optimizer)
+  grad_fn = lambda params, _, batch: (FROZEN_GRAD(params, static, *batch), None)
+  params, _ = train(method, grad_fn, params, None, BATCHES, optimizer)
   return filtered(eqx.combine(params, static))
 
 
@@ -280,10 +282,13 @@ def masked_by_hand(method):
     last, others = eqx.partition(params, spec)
     return eqx.combine(adam_of_last(last, eqx.filter(grads, spec)), others)
 
-  take = lambda params, _, batch: (MLP_GRAD(eqx.combine(params, STATIC), *batch), None)
+  grad_fn = lambda params, _, batch: (
+    MLP_GRAD(eqx.combine(params, STATIC), *batch),
+    None,
+  )
   is_perturbed = lambda path, leaf: f'.layers[{len(MLP.layers) - 1}]' in path
   params, _ = train(
-    method, take, filtered(MLP), None, BATCHES, optimizer, is_perturbed=is_perturbed
+    method, grad_fn, filtered(MLP), None, BATCHES, optimizer, is_perturbed=is_perturbed
   )
   return params
 
@@ -479,8 +484,8 @@ def test_ensemble_says_which_leaves_are_weights():
 
   @eqx.filter_jit
   def make_step(models, opt_state, x, y):
-    take = value_and_grad(ensemble_loss, metric, rho=METHODS['asam'].rho)
-    loss, grads = take(models, x, y)
+    value_and_grad_fn = value_and_grad(ensemble_loss, metric, rho=METHODS['asam'].rho)
+    loss, grads = value_and_grad_fn(models, x, y)
     updates, opt_state = tx.update(grads, opt_state, models)
     return eqx.apply_updates(models, updates), opt_state, loss
 

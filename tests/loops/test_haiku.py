@@ -52,10 +52,10 @@ GRAD = jax.jit(jax.grad(loss_fn))
 
 
 def by_hand(method, params):
-  take = lambda params, _, batch: (GRAD(params, *batch), None)
+  grad_fn = lambda params, _, batch: (GRAD(params, *batch), None)
   return train(
     method,
-    take,
+    grad_fn,
     params,
     None,
     BATCHES,
@@ -130,10 +130,12 @@ def chain(method):
 
   @jax.jit
   def update(params, state, opt_state, x, y):
-    take = lambda params: jax.grad(loss_and_state, has_aux=True)(params, state, x, y)
-    grads, new_state = take(params)
+    grad_and_state_fn = lambda params: jax.grad(loss_and_state, has_aux=True)(
+      params, state, x, y
+    )
+    grads, new_state = grad_and_state_fn(params)
     updates, opt_state = optimizer.update(
-      grads, opt_state, params, grad_fn=lambda params: take(params)[0]
+      grads, opt_state, params, grad_fn=lambda params: grad_and_state_fn(params)[0]
     )
     return optax.apply_updates(params, updates), new_state, opt_state
 
@@ -145,8 +147,8 @@ def drop_in(method):
 
   @jax.jit
   def update(params, state, opt_state, x, y):
-    take = methods.drop_in(method, loss_and_state, has_aux=True)
-    (_, state), grads = take(params, state, x, y)
+    value_and_grad_fn = methods.drop_in(method, loss_and_state, has_aux=True)
+    (_, state), grads = value_and_grad_fn(params, state, x, y)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), state, opt_state
 

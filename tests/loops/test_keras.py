@@ -61,7 +61,7 @@ def plain_gradient():
   model = make_model()
 
   def loss_fn(trainable, non_trainable, x, y):
-    out, new = model.stateless_call(trainable, non_trainable, x, training=True)
+    out, new = model.stateless_call(trainable, non_trainable, x, training=True)[:2]
     return jnp.mean((out - y) ** 2), new
 
   return jax.jit(jax.grad(loss_fn, has_aux=True))
@@ -97,7 +97,7 @@ class SharpnessAwareModel(keras.Model):
   ):
     y_pred, non_trainable_variables = self.stateless_call(
       trainable_variables, non_trainable_variables, x, training=training
-    )
+    )[:2]
     loss, variables = self.stateless_compute_loss(
       trainable_variables,
       non_trainable_variables,
@@ -175,15 +175,17 @@ def test_optax_in_a_plain_loop(method, interface):
   tx = optax.chain(*head, optax.adam(0.01, eps=EPS))
 
   def loss_fn(trainable, non_trainable, x, y):
-    out, new = model.stateless_call(trainable, non_trainable, x, training=True)
+    out, new = model.stateless_call(trainable, non_trainable, x, training=True)[:2]
     return jnp.mean((out - y) ** 2), new
 
   @jax.jit
   def train_step(trainable, non_trainable, opt_state, x, y):
-    take = lambda params: jax.grad(loss_fn, has_aux=True)(params, non_trainable, x, y)
+    grad_and_state_fn = lambda params: jax.grad(loss_fn, has_aux=True)(
+      params, non_trainable, x, y
+    )
     if interface == 'chain':
-      grads, new = take(trainable)
-      extra = {'grad_fn': lambda params: take(params)[0]}
+      grads, new = grad_and_state_fn(trainable)
+      extra = {'grad_fn': lambda params: grad_and_state_fn(params)[0]}
     else:
       sharpness_aware = drop_in(method, loss_fn, has_aux=True)
       (_, new), grads = sharpness_aware(trainable, non_trainable, x, y)

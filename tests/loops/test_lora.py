@@ -92,9 +92,9 @@ GRAD = jax.jit(jax.grad(joined_loss))
 def by_hand(method):
   """Training of the factors alone."""
   factors, base = split(PARAMS)
-  take = lambda factors, _, batch: (GRAD(factors, base, *batch), None)
+  grad_fn = lambda factors, _, batch: (GRAD(factors, base, *batch), None)
   optimizer = adam(0.01, eps=EPS)
-  factors, _ = train(method, take, factors, None, BATCHES, optimizer)
+  factors, _ = train(method, grad_fn, factors, None, BATCHES, optimizer)
   return join(factors, base)
 
 
@@ -110,10 +110,10 @@ def masked_by_hand(method):
     factors, base = split(params)
     return join(adam_of_factors(factors, split(grads)[0]), base)
 
-  take = lambda params, _, batch: (jax.grad(loss_fn)(params, *batch), None)
+  grad_fn = lambda params, _, batch: (jax.grad(loss_fn)(params, *batch), None)
   is_perturbed = lambda path, leaf: 'lora' in path
   params, _ = train(
-    method, take, PARAMS, None, BATCHES, optimizer, is_perturbed=is_perturbed
+    method, grad_fn, PARAMS, None, BATCHES, optimizer, is_perturbed=is_perturbed
   )
   return params
 
@@ -215,10 +215,10 @@ def test_base_in_another_argument(method):
     )
     return optax.apply_updates(factors, updates), opt_state
 
-  take = lambda factors, _, batch: (jax.grad(loss)(factors, base, *batch), None)
+  plain = lambda factors, _, batch: (jax.grad(loss)(factors, base, *batch), None)
   expected, _ = train(
     method,
-    take,
+    plain,
     factors,
     None,
     BATCHES,

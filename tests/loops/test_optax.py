@@ -92,7 +92,7 @@ def test_fit_and_average_parameters(method, interface):
     return optax.incremental_update(params, ema, 0.1), debiased, debiased_state
 
   params, opt_state = PARAMS, optimizer.init(PARAMS)
-  ema, debiased_state = PARAMS, average.init(PARAMS)
+  ema, debiased, debiased_state = PARAMS, None, average.init(PARAMS)
   for batch in BATCHES:
     params, opt_state, _ = step(params, opt_state, batch)
     ema, debiased, debiased_state = update_averages(params, ema, debiased_state)
@@ -123,8 +123,8 @@ def test_every_second_step(method):
   by_adam, expected = by_hand.adam(0.01, eps=EPS), PARAMS
   for i, batch in enumerate(BATCHES):
     sharpness_aware = lambda params, batch: update_by_hand(method, params, batch)
-    take = sharpness_aware if i % 2 == 0 else GRAD
-    expected = by_adam(expected, take(expected, batch))
+    grad_fn = sharpness_aware if i % 2 == 0 else GRAD
+    expected = by_adam(expected, grad_fn(expected, batch))
   close(params, expected)
   assert optax.tree.get(opt_state, 'count', filtering=is_of_the_method) == STEPS // 2
 

@@ -97,9 +97,9 @@ def linen_state(method):
   )
 
   def take_step(state, minibatch):
-    take = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, _), grads = take(state.params, *minibatch)
-    grad_fn = lambda params: take(params, *minibatch)[1]
+    value_and_grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, _), grads = value_and_grad_fn(state.params, *minibatch)
+    grad_fn = lambda params: value_and_grad_fn(params, *minibatch)[1]
     return state.apply_gradients(grads=grads, grad_fn=grad_fn), loss
 
   create = lambda params: TrainState.create(apply_fn=None, params=params, tx=tx)
@@ -122,9 +122,9 @@ def plain_optax(method):
 
   def take_step(carry, minibatch):
     params, opt_state = carry
-    take = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, _), grads = take(params, *minibatch)
-    grad_fn = lambda params: take(params, *minibatch)[1]
+    value_and_grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, _), grads = value_and_grad_fn(params, *minibatch)
+    grad_fn = lambda params: value_and_grad_fn(params, *minibatch)[1]
     updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
     return Carry(optax.apply_updates(params, updates), opt_state), loss
 
@@ -138,8 +138,8 @@ def drop_in(method):
   )
 
   def take_step(state, minibatch):
-    take = methods.drop_in(method, loss_fn, has_aux=True)
-    (loss, _), grads = take(state.params, *minibatch)
+    value_and_grad_fn = methods.drop_in(method, loss_fn, has_aux=True)
+    (loss, _), grads = value_and_grad_fn(state.params, *minibatch)
     return state.apply_gradients(grads=grads), loss
 
   create = lambda params: train_state.TrainState.create(
@@ -189,14 +189,14 @@ def by_hand(method, seed):
   ]
   clipped = []
 
-  def take(params, _, batch):
+  def grad_fn(params, _, batch):
     grads, _ = GRAD(params, *batch)
     squares = [np.sum(np.square(g)) for g in jax.tree.leaves(grads)]
     clipped.append(np.sqrt(sum(squares)) > MAX_GRAD_NORM)
     return grads, None
 
   optimizer = adam(LEARNING_RATE, eps=EPS, clip=MAX_GRAD_NORM)
-  params, _ = train(method, take, params, None, batches, optimizer)
+  params, _ = train(method, grad_fn, params, None, batches, optimizer)
   # Gradients at probes: some are clipped, so the order matters.
   assert any(clipped[1::2])
   return params
@@ -206,7 +206,9 @@ def by_hand(method, seed):
 @every_kind_slowly
 def test_is_training_by_hand_of_each_seed(method, interface):
   create, take_step = interface(method)
-  run = jax.jit(jax.vmap(lambda *seed: run_seed(*seed, create, take_step)))
+  run = jax.jit(
+    jax.vmap(functools.partial(run_seed, create=create, take_step=take_step))
+  )
   params, losses = run(*prepared())
   assert losses.shape == (SEEDS, EPOCHS, MINIBATCHES)
   for seed in range(SEEDS):

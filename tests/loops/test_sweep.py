@@ -53,10 +53,10 @@ def chain(method, params, rho):
 
 
 def drop_in(method, params, rho):
-  take = methods.drop_in(method, loss, rho)
+  value_and_grad_fn = methods.drop_in(method, loss, rho)
 
   def step(params, batch):
-    _, grads = take(params, batch)
+    _, grads = value_and_grad_fn(params, batch)
     return jax.tree.map(lambda w, g: w - 0.1 * g, params, grads), None
 
   return jax.lax.scan(step, params, DATA)[0]

@@ -17,6 +17,7 @@ same bit for bit; on another, floating point may round single entries otherwise.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ TEXT_COMPONENTS = 128
 BATCH = 32
 
 
-def build(parts: Path) -> dict[str, np.ndarray]:
+def build(parts: Path) -> dict[str, Any]:
   """The arrays of the file, which `README.md` describes."""
   drawn = emoji_pictures.concepts(parts / OPENMOJI)
   kept, pictures = emoji_pictures.draw(drawn, parts / OPENMOJI, parts / NOTO)

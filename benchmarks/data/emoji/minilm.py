@@ -21,7 +21,8 @@ Tensors = Mapping[str, jax.Array]
 
 def tokenize(model: Path, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
   """Token numbers, padded to the longest, and which of them are tokens; ``[N, T]``."""
-  from tokenizers import Tokenizer
+  # Installed for making the file only, like `safetensors` below: see `build.py`.
+  from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
 
   tokenizer = Tokenizer.from_file(str(model / 'tokenizer.json'))
   tokenizer.no_truncation()
@@ -35,7 +36,7 @@ def tokenize(model: Path, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndar
 
 def load(model: Path) -> Tensors:
   """The tensors of the model's folder by name."""
-  from safetensors.numpy import load_file
+  from safetensors.numpy import load_file  # pyright: ignore[reportMissingImports]
 
   tensors = load_file(model / 'model.safetensors')
   return {name: jnp.asarray(tensor) for name, tensor in tensors.items()}

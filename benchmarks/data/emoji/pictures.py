@@ -71,7 +71,8 @@ def draw(
   if not features.check('raqm'):
     raise RuntimeError('Pillow lacks raqm, without which flags fall into letters.')
   font = ImageFont.truetype(noto, STRIKE, layout_engine=ImageFont.Layout.RAQM)
-  seen = {draw_noto(UNKNOWN_FLAG, font).tobytes()}
+  unknown = draw_noto(UNKNOWN_FLAG, font)
+  seen = set() if unknown is None else {unknown.tobytes()}
   kept, pictures = [], []
   for concept in drawn:
     one = draw_noto(concept.characters, font)
@@ -97,7 +98,8 @@ def draw_noto(characters: str, font: ImageFont.FreeTypeFont) -> Image.Image | No
 
 def draw_openmoji(svg: Path) -> Image.Image:
   """The vector drawing at its final size on white."""
-  import resvg_py
+  # Installed for making the file only: see `build.py`.
+  import resvg_py  # pyright: ignore[reportMissingImports]
 
   png = resvg_py.svg_to_bytes(
     svg_path=str(svg),

@@ -12,6 +12,7 @@ for bit; the compressed file may differ in bytes.
 import argparse
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def labels(path: Path) -> np.ndarray:
   return np.frombuffer(gzip.decompress(path.read_bytes())[8:], np.uint8)
 
 
-def select(source: Path) -> dict[str, np.ndarray]:
+def select(source: Path) -> dict[str, Any]:
   """The arrays of the subset: ``x, y`` to train with, ``xt, yt`` to test with."""
   rows = np.random.default_rng(SEED).permutation(60_000)[:6_000]
   return {

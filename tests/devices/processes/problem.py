@@ -63,6 +63,7 @@ def train_by_hand(method: str, shards: int, *, sync_ascent: bool) -> tuple[Any, 
   """
   grad = jax.jit(jax.grad(loss))
   w, optimizer = jax.tree.map(np.float64, init()), by_hand.sgd(LEARNING_RATE, MOMENTUM)
+  slope = np.nan
   for step in range(STEPS):
     parts = list(zip(*(np.split(a, shards) for a in batch(step)), strict=True))
 

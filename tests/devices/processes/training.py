@@ -80,8 +80,8 @@ def make_step(method: str, interface: str, mapped: dict[str, Any] | None) -> Any
       grad_fn = lambda w: jax.grad(loss)(w, data)
       updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
     else:
-      take = drop_in(method, loss, rho_at(method)(step), **options)
-      updates, state = tx.update(take(w, data)[1], state, w)
+      value_and_grad_fn = drop_in(method, loss, rho_at(method)(step), **options)
+      updates, state = tx.update(value_and_grad_fn(w, data)[1], state, w)
     return optax.apply_updates(params, updates), state
 
   return tx, train_step
