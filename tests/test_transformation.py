@@ -12,8 +12,8 @@ import pytest
 import msam_optax
 from tests import by_hand
 from tests.methods import every_kind
+from tests.methods import every_kind_slowly
 from tests.methods import every_method
-from tests.methods import every_method_slowly
 from tests.methods import METHODS
 from tests.methods import transformation
 from tests.problems import batch
@@ -394,7 +394,7 @@ def test_foreign_extra_arguments_reach_others():
 
 
 @pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
-@every_method_slowly
+@every_kind_slowly
 @pytest.mark.parametrize(
   'mapped', [pytest.param('pmap', marks=pytest.mark.cpu), 'vmap']
 )
