@@ -126,6 +126,7 @@ def bend(A, psi):
   return psi + jnp.tanh(A @ psi)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=5, deadline=None)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), alpha=st.floats(0.0, 10.0))
 def test_invariant_under_random_coordinates(seed, alpha):
@@ -210,6 +211,7 @@ def test_outputs_move_along_the_gradient_of_the_loss(x64):
   np.testing.assert_allclose(moved, error / jnp.linalg.norm(error), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_chart_gets_the_batch_from_update_or_has_it():
   x, _ = BATCH
   numbers = {'alpha': 0.5, 'ridge': 0.1}

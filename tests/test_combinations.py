@@ -1151,6 +1151,7 @@ def test_steps_in_which_probes_are_not_due():
   assert state.finite.all()
 
 
+@pytest.mark.slow
 def test_probes_that_are_not_due_without_jit():
   calls = []
   tx = msam_optax.sharpness_aware(METRICS['monge'][0], RHO, look_sam())

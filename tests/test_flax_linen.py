@@ -95,6 +95,7 @@ def test_step_is_that_by_hand_with_one_dropout_key(method):
   chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @every_kind_slowly
 def test_drop_in_does_the_same_with_flax_own_state(method):
   key = jax.random.key(7)
@@ -129,6 +130,7 @@ def test_missing_grad_fn_is_named():
     state.apply_gradients(grads=params)
 
 
+@pytest.mark.slow
 @every_kind_slowly
 def test_serialization_round_trip_continues_bit_for_bit(method):
   state = create(chain(method, optax.adam(0.1)))

@@ -182,6 +182,7 @@ def by_chain(metric=METRIC, rho=RHO, data=BATCH, **options):
   return tx.update(grad_fn(PARAMS), tx.init(PARAMS), PARAMS, grad_fn=grad_fn)
 
 
+@pytest.mark.slow
 def test_a_gradient_per_step_and_one_at_the_probe():
   calls = []
 

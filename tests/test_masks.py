@@ -479,6 +479,7 @@ def test_the_radius_and_the_gradient_reach_the_metric_of_the_drop_in(once):
     assert_there(there, NET)
 
 
+@pytest.mark.slow
 def test_the_gradient_that_a_metric_asks_for_is_averaged_as_its_own_is():
   """With ``sync_ascent`` that at other parameters is a mean over replicas as well."""
   seen = []

@@ -165,6 +165,7 @@ def test_keyword_arguments_are_split_and_scalars_are_not(vectorize):
   assert_close(got, want)
 
 
+@pytest.mark.slow
 @both_ways
 @passes
 def test_aux_is_stacked_and_of_the_clean_pass(once, vectorize):

@@ -162,6 +162,7 @@ def make_state(interface, method, params):
   return flax_linen.TrainState.create(apply_fn=None, params=params, tx=tx)
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize('interface', ['chain', 'drop-in'])
 def test_loss_scaling_trains_as_float32_does(interface):

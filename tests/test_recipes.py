@@ -10,8 +10,7 @@ import importlib.util
 import os
 import pathlib
 import re
-import subprocess
-import sys
+import runpy
 from unittest import mock
 
 import chex
@@ -569,19 +568,10 @@ def test_a_recipe_says_when_to_use_it(name):
 
 @pytest.mark.slow
 @pytest.mark.cpu
+@pytest.mark.standard_promotion
 @pytest.mark.parametrize('name', NAMES)
-def test_a_recipe_runs_by_itself(name):
+def test_a_recipe_runs_by_itself(name, capsys):
   if name in ('device_groups', 'from_google_sam') and not hasattr(jax.lax, 'pcast'):
     pytest.skip('this JAX has no `jax.lax.pcast`')
-  paths = [str(RECIPES.parent.parent), os.environ.get('PYTHONPATH', '')]
-  environment = {
-    **os.environ,
-    'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': os.pathsep.join(filter(None, paths)),
-  }
-  command = [sys.executable, str(RECIPES / f'{name}.py')]
-  run = subprocess.run(
-    command, env=environment, capture_output=True, text=True, check=False
-  )
-  assert run.returncode == 0, run.stderr
-  assert re.search(r'\d\.\d{3}', run.stdout)
+  runpy.run_path(str(RECIPES / f'{name}.py'), run_name='__main__')
+  assert re.search(r'\d\.\d{3}', capsys.readouterr().out)

@@ -57,6 +57,7 @@ def test_rise_is_measured_and_predicted(name):
   np.testing.assert_allclose(measured, predicted, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_rise_of_papers_formula():
   params, rho, alpha = mlp_params(jnp.float64), 0.3, 2.0

@@ -12,8 +12,8 @@ import pytest
 import msam_optax
 from tests import by_hand
 from tests.methods import every_kind
+from tests.methods import every_kind_slowly
 from tests.methods import every_method
-from tests.methods import every_method_slowly
 from tests.methods import METHODS
 from tests.methods import transformation
 from tests.problems import batch
@@ -393,8 +393,9 @@ def test_foreign_extra_arguments_reach_others():
   assert optax.tree.get(state, 'scale') < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sync_ascent', [False, True], ids=['own', 'synced'])
-@every_method_slowly
+@every_kind_slowly
 @pytest.mark.parametrize(
   'mapped', [pytest.param('pmap', marks=pytest.mark.cpu), 'vmap']
 )
@@ -443,6 +444,7 @@ def test_mapped_axis_equals_loop_over_parts(mapped, method, sync_ascent):
 SCALARS = ('slope', 'radius', 'probe_value', 'rise')
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_state_is_the_same_before_and_after_in_scan():
   tx = optax.chain(
@@ -486,6 +488,7 @@ def test_derivative_through_a_scanned_run():
   np.testing.assert_allclose(jax.grad(final)(jnp.zeros(2)), 1.0)
 
 
+@pytest.mark.slow
 def test_gradient_flows_to_the_radius():
   """Through the probe: d/dρ of ½‖w + ρ u‖² summed over the update is known."""
   w = jnp.array([3.0, 4.0])

@@ -50,15 +50,16 @@ def main(argv: list[str] | None = None) -> None:
     '--runs', type=Path, help='where finished runs are kept (OUT/frontier_runs)'
   )
   args = parser.parse_args(argv)
-  tasks, methods, seeds = problems.TASKS, METHODS, SEEDS
+  tasks, methods, seeds, widths = problems.TASKS, METHODS, SEEDS, WIDTHS
   if args.quick:
     tasks = {name: task._replace(steps=8, width=8) for name, task in tasks.items()}
-    methods = {name: METHODS[name] for name in ('Adam', *CARRIED)}
-    seeds = SEEDS[:2]
-  parts = len(tasks) * len(BUDGETS) * len(methods) + len(CARRIED) * (len(WIDTHS) - 1)
+    few = lambda entry: entry._replace(grid=entry.grid[:BLOCK], extended=False)
+    methods = {name: few(METHODS[name]) for name in ('Adam', *CARRIED)}
+    seeds, widths = SEEDS[:2], (8, 16)
+  parts = len(tasks) * len(BUDGETS) * len(methods) + len(CARRIED) * (len(widths) - 1)
   with progress(parts) as tell:
     results = experiment(
-      tasks, methods, seeds, args.runs or args.out / 'frontier_runs', tell
+      tasks, methods, seeds, widths, args.runs or args.out / 'frontier_runs', tell
     )
   results = {
     'environment': describe(),
@@ -81,6 +82,7 @@ def experiment(
   tasks: Mapping[str, problems.Task],
   methods: Mapping[str, Entry],
   seeds: Iterable[int],
+  widths: Iterable[int],
   runs: Path,
   tell: Tell = lambda text: None,
 ) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def experiment(
     tasks: what is learnt.
     methods: by name.
     seeds: of each run.
+    widths: of the nets to which the best number is carried over.
     runs: where finished runs are kept.
     tell: called with what is done.
 
@@ -125,7 +128,7 @@ def experiment(
     }
     for task, budgets in rows.items()
   }
-  carried = carry(tasks, methods, seeds, runs, rows, tell)
+  carried = carry(tasks, methods, seeds, widths, runs, rows, tell)
   return {'best': best, 'carried': carried, 'rows': rows}
 
 
@@ -170,7 +173,7 @@ def tune(
     for i in range(0, len(entry.grid), BLOCK)
     for row in run(entry.grid[i : i + BLOCK])
   ]
-  if not entry.knob:
+  if not entry.knob or not entry.extended:
     return found
   for side in range(max(BELOW, ABOVE)):
     below, above = report.is_closed(found)
@@ -182,7 +185,7 @@ def tune(
   return found
 
 
-def carry(tasks, methods, seeds, runs, rows, tell) -> dict[str, Any]:
+def carry(tasks, methods, seeds, widths, runs, rows, tell) -> dict[str, Any]:
   """How far the best number of a method is from that in other places.
 
   Returns:
@@ -191,7 +194,7 @@ def carry(tasks, methods, seeds, runs, rows, tell) -> dict[str, Any]:
   """
   digits = tasks['digits']
   places = {f'digits, {digits.width}': rows['digits'][report.STEPS]}
-  for width in WIDTHS:
+  for width in widths:
     if width == digits.width:
       continue
     task = digits._replace(width=width)

@@ -22,8 +22,9 @@ class Entry(NamedTuple):
     gradients: of a step, as a multiple of the gradient of a whole batch.
     make: ``(knob, learning rate, steps) -> transformation``.
     knob: what is tuned; '' if nothing is.
-    grid: its values; extended where the best is at an end.
-    largest: where the grid ends.
+    grid: its values.
+    extended: whether the grid goes on where the best is at an end.
+    largest: where it ends.
     parts: the gradient that is climbed is of one of so many parts of the batch.
     clean: ``(state, params) -> params`` to evaluate.
   """
@@ -32,6 +33,7 @@ class Entry(NamedTuple):
   make: Callable[[Any, float, int], Any]
   knob: str = 'ρ'
   grid: tuple[float, ...] = RADII
+  extended: bool = True
   largest: float = math.inf
   parts: int = 1
   clean: Callable[[Any, Any], Any] = lambda state, params: params
@@ -104,7 +106,7 @@ def rise(tau, lr, steps):
 clean = msam_optax.eval_params
 METHODS: dict[str, Entry] = {
   'Adam': Entry(1, lambda knob, lr, steps: adam(lr, steps), '', (0.0,)),
-  'Adam, stopped early': Entry(1, stopped, 'share of steps', SHARES, 1.0),
+  'Adam, stopped early': Entry(1, stopped, 'share of steps', SHARES, largest=1.0),
   'SAM': Entry(2, before(msam_optax.sam)),
   'Monge SAM': Entry(2, before(msam_optax.msam)),
   'Monge SAM, rise τ': Entry(2, rise, 'τ', RISES),

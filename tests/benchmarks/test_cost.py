@@ -15,10 +15,6 @@ from benchmarks.cost import __main__ as cost
 pytestmark = pytest.mark.standard_promotion
 
 NAMES = (steps.HAND, steps.OPAQUE, *cost.OURS)
-SMALL = {
-  'transformer': lambda: networks.transformer(width=64, layers=1),
-  'conv net': lambda: networks.conv_net(layers=2),
-}
 
 
 def assert_bars_hold(problem, names):
@@ -27,15 +23,6 @@ def assert_bars_hold(problem, names):
   assert {bar['step'] for bar in bars} == {*names} & {*cost.OURS}
   exceeded = [bar for bar in bars if not bar['holds']]
   assert not exceeded
-
-
-@pytest.mark.slow
-@pytest.mark.cpu
-@pytest.mark.parametrize(
-  'name', [pytest.param('conv net', marks=pytest.mark.slow), 'transformer']
-)
-def test_a_step_costs_what_two_gradients_cost(name):
-  assert_bars_hold(SMALL[name](), (steps.HAND, steps.OPAQUE, steps.CHAIN))
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_a_step_costs_as_many_gradients_as_is_said(name):
   data = training.make_data(task, 0, steps)
   tx = entry.make(jnp.float32(0.1), 1e-3, steps)
   params = problems.init(jax.random.key(0), 64, 4)
-  x, labels = data.train
+  x, labels = map(jnp.asarray, data.train)
 
   def gradient(params, rows):
     jax.debug.callback(lambda: rows_seen.append(len(rows)))

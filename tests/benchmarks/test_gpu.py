@@ -201,6 +201,7 @@ def test_gradient_of_the_truth_is_its_slope():
 # What it survives.
 
 
+@pytest.mark.slow
 def test_a_step_without_memory_is_a_result(tmp_path, capsys, monkeypatch):
   def too_large(loss):
     raise jax.errors.JaxRuntimeError(NO_MEMORY)

@@ -69,6 +69,7 @@ def test_keeps_structure_shapes_and_dtypes(method, optimizer, dtype):
   chex.assert_trees_all_equal(is_weak(new_state[0]), is_weak(state[0]))
 
 
+@pytest.mark.slow
 @some_pairs
 def test_donated_batch_equals_loop(method, optimizer):
   """Under ``vmap`` and ``jit`` with donated arguments it does what it does alone."""

@@ -463,6 +463,7 @@ def kernels(models):
   )
 
 
+@pytest.mark.slow
 def test_ensemble_says_which_leaves_are_weights():
   """By their dimensions and names the stacked scales of LayerNorm would be ones."""
   models = ensemble(NormNet)

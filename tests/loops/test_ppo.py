@@ -202,6 +202,7 @@ def by_hand(method, seed):
   return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('interface', [linen_state, plain_optax, drop_in])
 @every_kind_slowly
 def test_is_training_by_hand_of_each_seed(method, interface):
