@@ -50,7 +50,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
   }
   fig.legend(
-    handles.values(), handles, loc='upper center', bbox_to_anchor=(0.5, 0.975), ncols=4
+    handles.values(),
+    handles,
+    loc='upper center',
+    bbox_to_anchor=(0.5, 0.975),
+    ncols=5,
+    fontsize=10,
   )
   rho = most_different(results)
   curves = below.subgridspec(1, len(PANELS), wspace=0.42)
