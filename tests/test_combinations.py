@@ -1489,6 +1489,8 @@ def test_matrix_products_are_those_of_the_gradients(name, way):
 @pytest.mark.parametrize('shards', [None, 4], ids=['whole', 'micro-batches'])
 def test_one_loop_keeps_no_gradient_that_is_not_asked_for(shards):
   """SAM needs the gradient at the probe alone: WSAM's program holds one more."""
+  if jax.__version_info__ < (0, 8):
+    pytest.skip('the compiler of older versions keeps what nothing uses')
   size = 1 << 16
   quartic = lambda w, x: jnp.sum(jnp.mean(jnp.sin(x * w[None]), 0) ** 2)
 

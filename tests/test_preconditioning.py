@@ -104,7 +104,9 @@ def test_extra_arguments_reach_it():
   def update(updates, state, params, *, boost, **extra_args):
     return jax.tree.map(lambda g: boost * g, updates), state
 
-  scale = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+  scale = optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
+  )
   ascents, _ = climb(preconditioned(scale), np.float32(STEPS[:1]), w=W, boost=4.0)
   n = np.linalg.norm(STEPS[0])
   np.testing.assert_allclose(ascents.slope[0], 2 * n, rtol=1e-5)
