@@ -84,6 +84,23 @@ def dtype_of(leaf: Any) -> Any:
     return None
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+  """Raises unless an argument is a floating dtype, its name, or None."""
+  if isinstance(dtype, jax.Array):
+    raise TypeError(
+      f'`{name}` was given as an array. Under optax.inject_hyperparams name it in'
+      " `static_args`, or write it as a string, 'float32'."
+    )
+  try:
+    is_floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+  except TypeError:  # NumPy has no such dtype.
+    is_floating = False
+  if not is_floating:
+    raise TypeError(
+      f"`{name}` must be a floating dtype, such as 'float32', got {dtype!r}."
+    )
+
+
 def check_params(params: Any, mask: Any) -> None:
   """Raises unless the leaves to be perturbed are real floating-point arrays.
 

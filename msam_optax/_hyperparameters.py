@@ -63,14 +63,32 @@ def check_number(
     raise ValueError(f'`{name}` must be {bounds}, got {value!r}.')
 
 
-def check_whole(name: str, value: Any) -> None:
-  """Raises unless ``value`` is a whole number >= 1, as far as that is known."""
+def check_whole(name: str, value: Any, *, instead: str = '') -> None:
+  """Raises unless ``value`` is a whole number >= 1, as far as that is known.
+
+  Args:
+    name: the argument's name, for the message.
+    value: what the user passed.
+    instead: what else it may be, for the message.
+
+  Raises:
+    TypeError: if it is no integer and no array of one.
+    ValueError: if it is less than 1, or not a scalar.
+  """
   dtype = _checks.dtype_of(value)
   if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-    raise TypeError(f'`{name}` must be a whole number, got {value!r}.')
+    raise TypeError(f'`{name}` must be a whole number >= 1{instead}, got {value!r}.')
   check_scalar(name, value)
   if not isinstance(value, jax.core.Tracer) and value < 1:
-    raise ValueError(f'`{name}` must be 1 or more, got {value!r}.')
+    raise ValueError(f'`{name}` must be a whole number >= 1{instead}, got {value!r}.')
+
+
+def whole_at(value: Any) -> tuple[Any, Any]:
+  """A whole number now, and what to add to a result: NaN where it is less than 1."""
+  if not isinstance(value, jax.core.Tracer):
+    return value, 0.0
+  sound = value >= 1
+  return jnp.maximum(value, 1), _numerics.zero_if(sound, jnp.float32)
 
 
 def check_real(name: str, value: Any) -> None:

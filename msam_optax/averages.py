@@ -15,7 +15,7 @@ import optax
 
 from msam_optax import _hyperparameters
 from msam_optax import _numerics
-from msam_optax import low_rank
+from msam_optax import _outer_products
 from msam_optax import metrics
 from msam_optax import spaces
 
@@ -219,13 +219,13 @@ def monge_average(
   _hyperparameters.check_hyperparameter('alpha', alpha)
 
   def init(params):
-    low_rank.check_fixed(base, params, 'monge_average')
+    _outer_products.check_fixed(base, params, 'monge_average')
     return _init(params, base)
 
   def ascend(grads, state, params, *, space=spaces.LOCAL, **extra_args):
     decay_now = _hyperparameters.value_at('decay', decay, largest=1.0)
     count, m = _updated(state, space.mean(grads), decay_now, space)
-    ascent = low_rank.ascend_with(
+    ascent = _outer_products.ascend(
       grads,
       jax.tree.map(lambda x: x[None], m),
       params,

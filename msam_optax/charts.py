@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from msam_optax import _checks
@@ -114,9 +113,7 @@ def pullback(
     raise TypeError(f'`arguments` must be a sequence of names: `({arguments!r},)`.')
   _hyperparameters.check_number('ridge', ridge)
   _hyperparameters.check_number('tolerance', tolerance)
-  whole = isinstance(max_steps, (int, np.integer)) and not isinstance(max_steps, bool)
-  if not whole or max_steps < 1:
-    raise ValueError(f'`max_steps` must be a whole number >= 1, got {max_steps!r}.')
+  _hyperparameters.check_whole('max_steps', max_steps)
 
   solve = functools.partial(
     _conjugate_gradients, tolerance=tolerance, max_steps=max_steps
@@ -193,7 +190,7 @@ def _conjugate_gradients(product, b, *, dot, tolerance, max_steps):
   """Solves ``Ax = b`` for a positive definite ``A`` and a ``b`` of length one.
 
   JAX's and other solvers take the inner product of one device. That of a
-  :class:`Space` is right for sharded leaves, too.
+  :class:`Space` is also right for sharded leaves.
 
   Args:
     product: ``v -> Av``.

@@ -337,7 +337,7 @@ def _batch_norms(model):
 
 
 def _pure(tree):
-  """A tree with arrays in the place of variables."""
+  """A tree with an array instead of each variable."""
   return jax.tree.map(
     lambda x: x[...] if _is_variable(x) else x, tree, is_leaf=_is_variable
   )

@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from msam_optax import _hyperparameters
 from msam_optax import _numerics
@@ -95,7 +94,7 @@ def geodesic(
     Hartmann et al., `Lagrangian Manifold Monte Carlo on Monge Patches
     <https://arxiv.org/abs/2202.00755>`_, 2022 (the equation of the geodesic)
   """
-  _check_steps(steps)
+  _hyperparameters.check_whole('steps', steps)
   tangent = monge(alpha)
 
   def ascend(
@@ -163,14 +162,6 @@ def _reflect(velocity, grads, alpha, space):
     lambda x, e: x + (2.0 * along * sin).astype(x.dtype) * e.astype(x.dtype), v, unit
   )
   return v, u - 2.0 * along * cos
-
-
-def _check_steps(steps):
-  whole = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
-  if not whole or steps < 1:
-    raise ValueError(
-      f'`steps` of geodesic() must be a whole number >= 1, got {steps!r}.'
-    )
 
 
 def _check_given(**given):

@@ -9,7 +9,6 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -111,11 +110,14 @@ def reused(
       aside = state.aside
       update = combinations.add_up((1.0, alpha_now * length), (g, aside))
     aside = jax.tree.map(lambda new, old: new.astype(old.dtype), aside, state.aside)
+    _, unsound = _hyperparameters.whole_at(every)
+    update = jax.tree.map(lambda u: u + jnp.asarray(unsound, u.dtype), update)
     return update, ReusedState(optax.safe_increment(state.count), aside)
 
   def due(g, state, space):
     del g, space
-    return state.count % every == 0
+    k, _ = _hyperparameters.whole_at(every)
+    return state.count % k == 0
 
   return combinations.Combination(init, combine, due=due)
 
@@ -143,15 +145,15 @@ def when_steep(
     threshold: ``c``, a real number, an array or an Optax schedule of the step: of
       normal numbers the share above ``c`` standard deviations. Negative for probes in
       most steps.
-    decay: ``β``, scalar, 0 <= β < 1.
+    decay: ``β``, scalar, 0 <= β <= 1.
 
   Returns:
     A :class:`Combination` with a :class:`SteepState`.
 
   Raises:
     TypeError: if an argument has the wrong type.
-    ValueError: if ``decay`` is not in its range or ``threshold`` not finite, or if the
-      combination has a ``due``.
+    ValueError: if ``decay`` is not between 0 and 1 or ``threshold`` not finite, or if
+      the combination has a ``due``.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -175,9 +177,7 @@ def when_steep(
       '`when_steep` decides which steps have probes, and the combination that it was'
       ' given decides it as well (`due`): give one that has them in every step.'
     )
-  _hyperparameters.check_number('decay', decay)
-  if not isinstance(decay, jax.core.Tracer) and decay >= 1:
-    raise ValueError(f'`decay` must be less than 1, got {decay!r}.')
+  _hyperparameters.check_number('decay', decay, largest=1.0)
   _hyperparameters.check_real('threshold', threshold)
 
   def init(params):
@@ -185,29 +185,30 @@ def when_steep(
     count = jnp.zeros([], jnp.int32)
     return SteepState(count, zero, zero, combination.init(params))
 
+  def numbers(state):
+    """``c`` and ``β`` in this step."""
+    c = threshold
+    if _hyperparameters.is_schedule(c):
+      c = c(state.count)
+    beta = _hyperparameters.value_at('decay', decay, largest=1.0)
+    return [jnp.asarray(x, state.mean.dtype) for x in (c, beta)]
+
   def remember(g, state, space):
     """The squared length of the gradient, and the state that has seen it."""
-    square = space.dot(g, g)
-    beta = _hyperparameters.value_at('decay', decay)
-    beta = _numerics.widen(beta, like=(square, state.mean))
+    _, beta = numbers(state)
+    square = space.dot(g, g).astype(beta.dtype)
     mean = beta * state.mean + (1.0 - beta) * square
     variance = beta * state.variance + (1.0 - beta) * jnp.square(square - mean)
     finite = jnp.isfinite(variance)
-    dtype = state.mean.dtype
     return square, state._replace(
-      mean=jnp.where(finite, mean, state.mean).astype(dtype),
-      variance=jnp.where(finite, variance, state.variance).astype(dtype),
+      mean=jnp.where(finite, mean, state.mean),
+      variance=jnp.where(finite, variance, state.variance),
     )
 
   def due(g, state, space):
     square, new = remember(space.mean(g), state, space)
-    return square >= new.mean + c(state) * jnp.sqrt(new.variance)
-
-  def c(state):
-    now = threshold
-    if _hyperparameters.is_schedule(now):
-      now = now(state.count)
-    return jnp.asarray(now, state.mean.dtype)
+    c, _ = numbers(state)
+    return square >= new.mean + c * jnp.sqrt(new.variance)
 
   def combine(grads, state, space):
     g, *probes = grads
@@ -217,7 +218,7 @@ def when_steep(
     else:
       update, base = space.mean(g), state.base
     # A number that is NaN or infinite at run time would compare as false, unseen.
-    seen = 1.0 + 0.0 * (c(state) + _hyperparameters.value_at('decay', decay))
+    seen = 1.0 + 0.0 * sum(numbers(state))
     update = combinations.add_up((seen,), (update,))
     return update, new._replace(count=optax.safe_increment(state.count), base=base)
 

@@ -50,8 +50,8 @@ def rho_following(
   """
   if not _hyperparameters.is_schedule(learning_rate):
     raise TypeError(
-      f'`learning_rate` must be a schedule of the step, got {learning_rate!r}: at a'
-      ' constant learning rate the radius is constant, too.'
+      f'`learning_rate` must be a schedule of the step, got {learning_rate!r}. If it is'
+      ' a constant, so is the radius: give `rho` as a number.'
     )
   for name, value in {
     'lr_max': lr_max,

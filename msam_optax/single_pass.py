@@ -147,7 +147,7 @@ def lagged(
   metrics.check_metric('metric', metric)
   _hyperparameters.check_hyperparameter('rho', rho)
   _checks.check_optimizer(base_optimizer, 'lagged(optax.adamw(1e-3))')
-  _check_dtype(clean_dtype)
+  _checks.check_dtype('clean_dtype', clean_dtype)
   base = optax.with_extra_args_support(base_optimizer)
 
   def init(params):
@@ -279,7 +279,7 @@ def momentum_sam(
   _hyperparameters.check_hyperparameter('alpha', alpha)
   _checks.check_optimizer(base_optimizer, 'momentum_sam(optax.adamw(1e-3))')
   _momentum.check_name(momentum)
-  _check_dtype(clean_dtype)
+  _checks.check_dtype('clean_dtype', clean_dtype)
   base = optax.with_extra_args_support(base_optimizer)
 
   def init(params):
@@ -515,13 +515,3 @@ def _check_inputs(name, grads, params, mask, param_specs):
   perturbed = _masks.perturbed(mask, params)
   _devices.check_sharded(grads, param_specs, perturbed)
   return perturbed
-
-
-def _check_dtype(dtype):
-  if isinstance(dtype, jax.Array):
-    raise TypeError(
-      '`clean_dtype` was given as an array. Under optax.inject_hyperparams write it as'
-      " a string, 'float32'."
-    )
-  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(f'`clean_dtype` must be a floating dtype, got {dtype}.')

@@ -11,7 +11,7 @@ import optax
 from msam_optax import _devices
 from msam_optax import _hyperparameters
 from msam_optax import _numerics
-from msam_optax import low_rank
+from msam_optax import _outer_products
 from msam_optax import metrics
 from msam_optax import spaces
 
@@ -91,10 +91,11 @@ def sparse(
 
   def ascend(grads, state, params, *, space=spaces.LOCAL, gradients=None, **extra_args):
     if gradients is not None:
-      gradients = low_rank.like_grads(grads, gradients)
+      gradients = _outer_products.like_grads(grads, gradients)
     share = 1.0 - _hyperparameters.value_at('sparsity', sparsity)
     # At run time it may be out of its range, and nothing is chosen by it.
-    sound = jnp.asarray((share > 0.0) & (share <= 1.0))
+    k, unsound = _hyperparameters.whole_at(every)
+    sound = jnp.asarray((share > 0.0) & (share <= 1.0) & (unsound == 0.0))
     _, norm = space.normalize(grads)
 
     def vary(chosen):
@@ -105,7 +106,7 @@ def sparse(
       usable = sound & (norm > 0)
       return vary(jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, state.chosen))
 
-    due = state.count % every == 0
+    due = state.count % k == 0
     chosen = jax.lax.cond(due, choose, lambda: vary(state.chosen))
     ascent, base_state = base.ascend(
       grads, state.base, params, space=space, gradients=gradients, **extra_args

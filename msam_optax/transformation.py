@@ -162,7 +162,7 @@ def sharpness_aware(
       '`sync_ascent=True` averages the ascent gradient over a mapped axis: name'
       ' it, as in `axis_name="batch"`.'
     )
-  _check_dtype(perturbation_dtype)
+  _checks.check_dtype('perturbation_dtype', perturbation_dtype)
 
   setting = _passes.Setting(
     metric, rho, combination, mask, param_specs, perturbation_dtype
@@ -325,16 +325,6 @@ def _check_inputs(grads, params, extra_args):
       ' transformation itself. Give the radius when you make the method, as a schedule'
       ' if it changes: `msam(rho=schedule)`; and other arguments another name.'
     )
-
-
-def _check_dtype(dtype):
-  if isinstance(dtype, jax.Array):
-    raise TypeError(
-      '`perturbation_dtype` was given as an array. Under optax.inject_hyperparams name'
-      " it in `static_args`, or write it as a string, 'float32'."
-    )
-  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(f'`perturbation_dtype` must be a floating dtype, got {dtype}.')
 
 
 def _rise(value, probe_value):

@@ -1,5 +1,7 @@
 """The ascent on a part of the batch, and what it costs."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -78,6 +80,21 @@ def test_the_ascent_on_a_part_counts_examples_by_their_weight():
     rtol=1e-5,
     atol=1e-6,
   )
+
+
+@pytest.mark.cpu
+def test_each_device_climbs_by_its_share_of_the_rows():
+  """Under `jit` no row of a sharded batch leaves its device."""
+  params, data = mlp_params(), batch(size=32)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ('data',))
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  value_and_grad_fn = jax.jit(drop_in('msam', loss, ascent_fraction=0.25))
+  placed = jax.device_put(data, spread)
+  got = value_and_grad_fn(params, placed)
+  chex.assert_trees_all_close(got, by_part(params, data, 4), rtol=1e-5, atol=1e-6)
+  text = value_and_grad_fn.lower(params, placed).compile().as_text()
+  assert 'all-reduce' in text
+  assert not re.search(r'all-gather|all-to-all|collective-permute', text)
 
 
 def test_the_ascent_on_a_part_costs_a_part():

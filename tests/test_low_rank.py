@@ -438,7 +438,7 @@ def test_fisher_alpha_inside_a_step():
 @pytest.mark.parametrize(
   ('make', 'error', 'message'),
   [
-    (lambda: low_rank_monge(0), ValueError, '`rank` must be at least 1'),
+    (lambda: low_rank_monge(0), ValueError, '`rank` must be a whole number >= 1'),
     (lambda: low_rank_monge(2.0), TypeError, '`rank` must be a whole number'),
     (lambda: low_rank_monge(True), TypeError, '`rank` must be a whole number'),
     (lambda: low_rank_monge(2, alpha=-1.0), ValueError, '`alpha` must be finite and'),
@@ -479,7 +479,7 @@ def test_fisher_alpha_inside_a_step():
     (
       lambda: neighborhood_monge(0, 0.1, key=jax.random.key(0)),
       ValueError,
-      '`samples` must be at least 1',
+      '`samples` must be a whole number >= 1',
     ),
     (
       lambda: neighborhood_monge(1, -0.1, key=jax.random.key(0)),

@@ -93,13 +93,13 @@ def test_what_is_not_finite_is_seen_and_forgotten():
 @pytest.mark.parametrize(
   ('make', 'error', 'message'),
   [
-    (lambda: msam_optax.reused(every=0), ValueError, '`every` must be 1 or more'),
+    (lambda: msam_optax.reused(every=0), ValueError, '`every` must be a whole .* >= 1'),
     (lambda: msam_optax.reused(every=2.0), TypeError, '`every` must be a whole number'),
     (lambda: msam_optax.reused(alpha=-1.0), ValueError, '`alpha` must be finite'),
     (
-      lambda: msam_optax.when_steep(threshold=0.0, decay=1.0),
+      lambda: msam_optax.when_steep(threshold=0.0, decay=1.5),
       ValueError,
-      '`decay` must be less than 1',
+      '`decay` must be between 0 and 1',
     ),
     (
       lambda: msam_optax.when_steep(threshold=np.inf, decay=0.9),
@@ -133,6 +133,21 @@ def test_a_number_that_becomes_nan_is_seen(number):
 
   assert np.isnan(jax.jit(update)(jnp.nan)).all()
   chex.assert_tree_all_finite(jax.jit(update)(0.5))
+
+
+@pytest.mark.parametrize('every', [0, -3])
+def test_a_number_of_steps_that_becomes_less_than_one_is_seen(every):
+  """As in the state of ``inject_hyperparams``; a remainder by zero is no error."""
+  w, grad_fn = jnp.array([1.0, 2.0]), jax.grad(lambda w: jnp.sum(w**4))
+  for method in (msam_optax.look_sam, msam_optax.sparse_sam):
+
+    @jax.jit
+    def update(every, method=method):
+      tx = method(0.1, every=every)
+      return tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
+
+    assert np.isnan(update(every)).all()
+    chex.assert_tree_all_finite(update(2))
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def test_replicas_choose_on_their_own():
   [
     ({'sparsity': 1.0}, ValueError, '`sparsity` must be less than 1'),
     ({'sparsity': -0.5}, ValueError, '`sparsity` must be finite and >= 0'),
-    ({'every': 0}, ValueError, '`every` must be 1 or more'),
+    ({'every': 0}, ValueError, '`every` must be a whole number >= 1'),
     ({'base': None}, TypeError, '`base` must be a Metric'),
   ],
 )
