@@ -79,9 +79,9 @@ def pullback(
     schedule. Its ``ascend`` needs the params.
 
   Raises:
-    TypeError: if ``chart`` is no function, or returns what is not real floating point.
-    ValueError: if a number is negative or not finite, ``max_steps`` no whole number >=
-      1; when called, without params or one of the ``arguments``.
+    TypeError: if ``chart`` is no function, or returns what is not real floating point,
+      or ``max_steps`` is no integer.
+    ValueError: if a number is negative or not finite, or ``max_steps`` less than 1; when called, without params or one of the ``arguments``.
 
   Examples:
     Scales ``exp(ψ)``: the step of the scales is Monge SAM's, not that of ``ψ``.

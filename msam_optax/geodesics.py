@@ -67,8 +67,8 @@ def geodesic(
     the way is not finite, neither is the direction.
 
   Raises:
-    ValueError: if ``steps`` is no whole number >= 1, or ``alpha`` negative or not
-      finite; when called, without params, ``rho`` or ``grad_fn``.
+    TypeError: if ``steps`` is no integer.
+    ValueError: if ``steps`` is less than 1, or ``alpha`` negative or not finite; when called, without params, ``rho`` or ``grad_fn``.
 
   Examples:
     With ``ρ = 1`` and ``α = 1`` the loss may rise by 1. It rises by 1.864 to the

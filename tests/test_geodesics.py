@@ -337,7 +337,7 @@ def test_nnx_with_statistics_and_dropout():
 
 @pytest.mark.parametrize('steps', [0, -1, 1.5, True, None])
 def test_steps_are_checked(steps):
-  with pytest.raises((TypeError, ValueError), match='`steps` must be a whole number'):
+  with pytest.raises((TypeError, ValueError), match='`steps` must be a whole'):
     geodesic(steps)
 
 
