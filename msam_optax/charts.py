@@ -81,7 +81,8 @@ def pullback(
   Raises:
     TypeError: if ``chart`` is no function, or returns what is not real floating point,
       or ``max_steps`` is no integer.
-    ValueError: if a number is negative or not finite, or ``max_steps`` less than 1; when called, without params or one of the ``arguments``.
+    ValueError: if a number is negative or not finite, or ``max_steps`` less than 1;
+      when called, without params or one of the ``arguments``.
 
   Examples:
     Scales ``exp(ψ)``: the step of the scales is Monge SAM's, not that of ``ψ``.

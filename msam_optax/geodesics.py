@@ -68,7 +68,8 @@ def geodesic(
 
   Raises:
     TypeError: if ``steps`` is no integer.
-    ValueError: if ``steps`` is less than 1, or ``alpha`` negative or not finite; when called, without params, ``rho`` or ``grad_fn``.
+    ValueError: if ``steps`` is less than 1, or ``alpha`` negative or not finite; when
+      called, without params, ``rho`` or ``grad_fn``.
 
   Examples:
     With ``ρ = 1`` and ``α = 1`` the loss may rise by 1. It rises by 1.864 to the
