@@ -92,7 +92,7 @@ def test_each_device_climbs_by_its_share_of_the_rows():
   placed = jax.device_put(data, spread)
   got = value_and_grad_fn(params, placed)
   chex.assert_trees_all_close(got, by_part(params, data, 4), rtol=1e-5, atol=1e-6)
-  text = value_and_grad_fn.lower(params, placed).compile().as_text()
+  text = str(value_and_grad_fn.lower(params, placed).compile().as_text())
   assert 'all-reduce' in text
   assert not re.search(r'all-gather|all-to-all|collective-permute', text)
 
