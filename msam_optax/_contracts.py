@@ -71,6 +71,15 @@ def check_ascent(metric, grads, params, where, *, matrix, rtol, extra_args, kept
       abs(slope - g @ d) <= rtol * (np.abs(g) @ np.abs(d)),
       f'The slope is {slope:.6g}, and ⟨g, direction⟩ is {g @ d:.6g}.',
     )
+  if ascent.length is not None:
+    with promise(f'The length, if there is one, is ‖direction‖₂, a scalar ({where}).'):
+      chex.assert_shape(ascent.length, ())
+      chex.assert_type(ascent.length, _wide(grads))
+      length, size = float(ascent.length), np.linalg.norm(d)
+      _expect(
+        abs(length - size) <= rtol * size,
+        f'The length is {length:.6g}, and ‖direction‖₂ is {size:.6g}.',
+      )
   if matrix is not None:
     G = _matrix(matrix, g, params, kept)
     with promise(f'The direction is of length one under the metric ({where}).'):
@@ -174,8 +183,9 @@ def check_sharded(metric, grads, params, ascent, rtol, extra_args):
     parts = jax.vmap(of_part, axis_name=_AXIS)(
       *(jax.tree.map(cut, tree) for tree in (grads, params))
     )
-    whole = jax.tree.map(cut, ascent.direction), jnp.stack([ascent.slope] * count)
-    assert_close(tuple(parts), whole, rtol)
+    direction = jax.tree.map(cut, ascent.direction)
+    _, *numbers = jax.tree.map(lambda x: jnp.stack([x] * count), ascent)
+    assert_close(tuple(parts), (direction, *numbers), rtol)
 
 
 def check_compiled(call, grads, params, state, rtol):

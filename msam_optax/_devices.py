@@ -6,10 +6,14 @@ summed over a leaf that every device has whole must not be. ``param_specs``, the
 ``PartitionSpec``s that ``shard_map`` is given as ``in_specs``, say which is which.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
+import functools
+import operator
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -71,13 +75,71 @@ def total(
   Returns:
     The sum over all leaves and devices, a scalar.
   """
-  result = zero
+  return across(subtotals(parts, axes, zero), axes)
+
+
+def subtotals(
+  parts: Sequence[jax.Array], axes: Sequence[Axes], zero: jax.Array
+) -> list[jax.Array]:
+  """This device's share of :func:`total`, one number for all leaves of equal axes."""
+  return [
+    sum((part for part, a in zip(parts, axes, strict=True) if a == names), zero)
+    for names in _groups(axes)
+  ]
+
+
+def across(shares: Sequence[jax.Array], axes: Sequence[Axes]) -> jax.Array:
+  """The sum over all devices of what :func:`subtotals` returns."""
+  sums = [
+    jax.lax.psum(share, names) if names else share
+    for share, names in zip(shares, _groups(axes), strict=True)
+  ]
+  return functools.reduce(operator.add, sums)
+
+
+def count(axes: Axes) -> int:
+  """The number of devices that a leaf is sharded over."""
+  return jax.lax.psum(1, axes) if axes else 1
+
+
+def _groups(axes):
   # Sorted, because all processes must send their messages in the same order.
-  for names in sorted(set(axes)):
-    group = [part for part, a in zip(parts, axes, strict=True) if a == names]
-    subtotal = sum(group, jnp.zeros_like(zero))
-    result += jax.lax.psum(subtotal, names) if names else subtotal
-  return result
+  return sorted(set(axes)) or [()]
+
+
+def unless(
+  usual: jax.Array,
+  values: Sequence[jax.Array],
+  otherwise: Callable[[], Sequence[jax.Array]],
+) -> list[jax.Array]:
+  """``values`` as they are where a condition holds, and ``otherwise()`` where not.
+
+  Only one of both is computed, except under ``vmap``. Nothing is computed of the values
+  in the branch itself, since XLA makes a selection of a short conditional on a GPU, and
+  so computes both branches, unless one of them is empty.
+
+  Args:
+    usual: bool scalar.
+    values: arrays.
+    otherwise: returns others like them, and sends no messages: the condition may hold
+      on some devices only.
+
+  Returns:
+    Arrays like ``values``, which vary along all axes that one of both varies along.
+  """
+  if not isinstance(usual, jax.core.Tracer):
+    # Outside of compiled functions JAX would compile a conditional in every call.
+    return list(values if usual else otherwise())
+  others = jax.eval_shape(otherwise)
+  axes = [
+    varying_axes(usual) | varying_axes(x) | varying_axes(y)
+    for x, y in zip(values, others, strict=True)
+  ]
+  vary = lambda xs: [
+    as_varying(x, a - varying_axes(x)) for x, a in zip(xs, axes, strict=True)
+  ]
+  values = vary(values)
+  return jax.lax.cond(usual, lambda: values, lambda: vary(otherwise()))
 
 
 def maxima(parts: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:

@@ -55,7 +55,7 @@ def ascend(
 
   def under_base(g):
     ascent, _ = base.ascend(g, optax.EmptyState(), params, space=space, **extra_args)
-    return ascent
+    return ascent.direction, ascent.slope
 
   d, s = under_base(jax.tree.map(_numerics.widen, grads))
   d_rows, s_rows = jax.vmap(under_base)(rows)

@@ -156,21 +156,20 @@ def at_probes(
       'grad_fn': lambda params: average(probe_gradient(params)[1]),
     },
   )
-  magnitudes = perturbation.magnitudes_of(g, setting.param_specs)
-  size = perturbation.expected_size(rho, ascent, magnitudes, perturbed)
+  where = {'mask': perturbed, 'param_specs': setting.param_specs}
 
   def at_scale(scale):
     length = _numerics.widen(rho, like=w) * _numerics.widen(scale, like=w)
     probe = perturbation.perturb(w, ascent, length, mask=perturbed)
+    radius = perturbation.distance(length, ascent, probe, w, **where)
     if isinstance(scale, jax.core.Tracer):
       # 0 · NaN is NaN: the clean pass of a loop sees no hyperparameter and no metric.
       probe = jax.tree.map(lambda x, p: jnp.where(scale == 0, x, p), w, probe)
+      radius = jnp.where(scale == 0, 0.0, radius)
     _devices.check_probe(probe, w, g)
     value, grads = probe_gradient(probe)
-    radius = perturbation.distance(
-      probe, w, size, mask=perturbed, param_specs=setting.param_specs
-    )
-    return perturbation.mark_non_finite(grads, magnitudes, radius), radius, value
+    marks = perturbation.unsound(g, ascent, radius, **where)
+    return perturbation.mark(grads, marks), radius, value
 
   scales = setting.combination.scales if scales is None else scales
   grads, radii, values = zip(*(at_scale(scale) for scale in scales), strict=True)

@@ -39,10 +39,14 @@ class Ascent(NamedTuple):
       number.
     slope: scalar, float32 or wider: ``√(gᵀG⁻¹g) = ⟨g, direction⟩``, the rise in
       the loss per unit of radius; zero where the direction is.
+    length: scalar, ``‖direction‖₂``, float32 or wider, if the metric knows it without
+      reading the direction again. If it is None, the default, a method measures how far
+      it has moved.
   """
 
   direction: Any
   slope: jax.Array
+  length: jax.Array | None = None
 
 
 class Metric(NamedTuple):
@@ -89,17 +93,26 @@ class Metric(NamedTuple):
   ascend: Callable[..., tuple[Ascent, Any]]
 
 
-def _diagonal(scale: Callable[[Any, Any, Any], Any], eta: Any = 0.0) -> Metric:
+def _diagonal(scale: Callable[[Any, Any, Any], Any], eta: Any) -> Metric:
   """The metric ``G = T⁻²`` for ``T = scale(eta, grads, params)``, without state."""
 
   def ascend(grads, state, params, *, space=spaces.LOCAL, **extra_args):
     del extra_args
     dtype = _numerics.wide_dtype(grads)
     eta_now = jnp.asarray(_hyperparameters.value_at('eta', eta), dtype)
-    T = scale(eta_now, grads, params)
-    T = jax.tree.map(lambda t: jnp.asarray(t, dtype), T)
-    h = jax.tree.map(lambda t, g: t * jnp.asarray(g, dtype), T, grads)
-    unit, norm = space.normalize(h)
+
+    def widths(sources):
+      T = scale(*sources)
+      return jax.tree.map(lambda t: jnp.asarray(t, dtype), T)
+
+    def scaled(sources):
+      _, grads, _ = sources
+      widen = lambda t, g: t * jnp.asarray(g, dtype)
+      return jax.tree.map(widen, widths(sources), grads)
+
+    sources = eta_now, grads, params
+    unit, norm = space.normalize(sources, scaled)
+    T = widths(sources)
     # A NaN for eta is seen, where the norm of what is not finite would be zero.
     zero = jnp.where(jnp.isnan(eta_now), eta_now, 0.0)
     direction = jax.tree.map(
@@ -134,7 +147,16 @@ def euclidean() -> Metric:
     Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
-  return _diagonal(lambda eta, grads, params: jax.tree.map(lambda _: 1.0, grads))
+
+  def ascend(grads, state, params, *, space=spaces.LOCAL, **extra_args):
+    del params, extra_args
+    unit, norm = space.normalize(grads)
+    direction = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), unit, grads)
+    return Ascent(
+      direction, norm, jnp.where(norm > 0, 1.0, 0.0).astype(norm.dtype)
+    ), state
+
+  return Metric(lambda params: optax.EmptyState(), ascend)
 
 
 def adaptive(eta: float | jax.Array = 0.01, *, weights: Any = None) -> Metric:
@@ -317,11 +339,16 @@ def _check_result(result, grads):
       f' it returns a {type(result).__name__}. One without a state returns the state'
       ' that it gets.'
     )
-  direction, slope = result[0]
+  direction, slope, length = result[0]
   if jnp.shape(slope):
     raise ValueError(
       'The slope that a metric returns must be a scalar, but its shape is'
       f' {jnp.shape(slope)}.'
+    )
+  if length is not None and jnp.shape(length):
+    raise ValueError(
+      'The length of the direction that a metric returns must be a scalar or None, but'
+      f' its shape is {jnp.shape(length)}.'
     )
   what = 'The direction that a metric returns must be like the gradients that it gets'
   _checks.check_like(direction, grads, what=what, dtypes=False)

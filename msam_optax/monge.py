@@ -253,7 +253,9 @@ def _shortened(
     now = _hyperparameters.value_at(name, number, count, finite=finite)
     now = _numerics.widen(now, like=ascent.slope)
     factor, slope = shorten(now, ascent.slope, rho)
-    return metrics.Ascent(_multiply(factor, ascent.direction, widen), slope)
+    length = None if ascent.length is None else factor * ascent.length
+    direction = _multiply(factor, ascent.direction, widen)
+    return metrics.Ascent(direction, slope, length)
 
   def ascend(grads, state, params, **kwargs):
     ascent, state = base.ascend(grads, state, params, **kwargs)

@@ -1,6 +1,5 @@
 """The probe: the parameters, moved uphill by the radius."""
 
-import functools
 from typing import Any
 
 import jax
@@ -74,103 +73,116 @@ def _(primals, tangents):
 
 
 def distance(
+  length: jax.Array,
+  ascent: metrics.Ascent,
   probe: Any,
   params: Any,
-  size: jax.Array,
   *,
-  mask: Any = None,
+  mask: Any,
   param_specs: Any = None,
 ) -> jax.Array:
-  """``‖probe − w‖₂``, so with what rounding to the params' dtype has left of it.
+  """``‖probe − w‖₂``, how far the probe is from the parameters.
 
-  It is not finite where the probe is not; ``size`` says roughly how long it will be.
-  """
-
-  def difference(perturbed, p, w):
-    if not perturbed:
-      return jnp.zeros([], _numerics.wide_dtype(params))
-    moved = _numerics.widen(p, like=w) - _numerics.widen(w)
-    return _numerics.widen(moved, like=params)
-
-  mask = _masks.perturbed(mask, params)
-  differences = jax.tree.map(difference, mask, probe, params)
-  return spaces.norm(differences, size, param_specs)
-
-
-def expected_size(
-  rho: Any, ascent: metrics.Ascent, magnitudes: Any, mask: Any
-) -> jax.Array:
-  """Roughly how long a perturbation is, without another pass over its arrays.
-
-  A direction of one size everywhere has that of ``slope / max|g|``, since the slope is
-  ``⟨g, direction⟩``, and no direction is shorter; one in few coordinates has size
-  one. The geometric mean of both guesses is never far from either.
+  It is measured, with what rounding has left of the step, unless the metric knows how
+  long its direction is and no leaf is narrower than float32. There a measurement would
+  read all parameters again, and differ only if ``ρ`` is about a millionth of ``‖w‖``.
 
   Args:
-    rho: ``ρ``, scalar.
-    ascent: the ascent along which the perturbation is.
-    magnitudes: of the clean gradients, see :func:`magnitudes_of`.
+    length: scalar, the length of the step under the metric.
+    ascent: along which the step is.
+    probe: pytree of arrays, the parameters that the step leads to.
+    params: pytree of arrays, where it begins.
     mask: which leaves are perturbed, a tree of bools.
+    param_specs: how the leaves are sharded inside ``shard_map``.
 
   Returns:
-    A scalar; it may be zero or not finite, where nothing is known.
+    A scalar, float32 or wider. Measured, it is not finite where the probe is not.
   """
-  moved = jax.tree.map(lambda m, x: x if m else jnp.zeros_like(x), mask, magnitudes)
-  largest = functools.reduce(
-    jnp.maximum, jax.tree.leaves(moved), jnp.zeros([], ascent.slope.dtype)
-  )
-  slope = ascent.slope.astype(largest.dtype)
-  ratio = jnp.where(largest > 0, slope / jnp.where(largest > 0, largest, 1.0), 1.0)
-  return _numerics.widen(rho, like=largest) * jnp.sqrt(jax.lax.stop_gradient(ratio))
+  after, before = _masks.restrict(probe, mask), _masks.restrict(params, mask)
+  if ascent.length is not None and not _are_narrow((before, ascent.direction)):
+    return jnp.abs(_numerics.widen(length, like=ascent.length)) * ascent.length
+
+  def difference(p, w):
+    step = _numerics.widen(p, like=w) - _numerics.widen(w)
+    return _numerics.widen(step, like=params)
+
+  return spaces.norm(jax.tree.map(difference, after, before), param_specs)
 
 
-def magnitudes_of(grads: Any, param_specs: Any = None) -> Any:
-  """The largest magnitude in each leaf, infinite where an entry is not finite.
+def unsound(
+  grads: Any,
+  ascent: metrics.Ascent,
+  radius: jax.Array,
+  *,
+  mask: Any,
+  param_specs: Any = None,
+) -> Any:
+  """NaN for each leaf in which a step is not finite before its probe, 0 for the others.
+
+  A leaf is not finite if its clean gradient is not, and none is if the step is not. A
+  slope that is a number, and not zero, says of all leaves that the metric has seen that
+  they are finite. They are read again only if it is not.
 
   Args:
-    grads: pytree of arrays; 0 for leaves that are not floating point or complex.
-    param_specs: how the leaves are sharded inside ``shard_map``: the largest is that
-      of all shards.
+    grads: pytree of arrays, the clean gradients.
+    ascent: what the metric made of them.
+    radius: scalar, the length of the step.
+    mask: which leaves are perturbed, a tree of bools: those that the metric has seen.
+    param_specs: how the leaves are sharded inside ``shard_map``.
 
   Returns:
-    A tree of scalars like ``grads``, float32 or wider.
+    A tree of float32 scalars like ``grads``.
   """
-
-  def of_leaf(g):
-    if not _numerics.is_inexact(g):
-      return jnp.zeros([], _numerics.wide_dtype(grads))
-    # Of real arrays no `abs` before it, so that a metric's own pass is the same one.
-    is_complex = jnp.issubdtype(jnp.result_type(g), jnp.complexfloating)
-    largest = _numerics.largest_magnitude(jnp.abs(g) if is_complex else g)
-    return _numerics.widen(largest, like=grads)
-
-  leaves, structure = jax.tree.flatten(jax.tree.map(of_leaf, grads))
+  leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(grads))
+  if not leaves:
+    return grads
   axes = _devices.leaf_axes(param_specs, grads)
-  return structure.unflatten(_devices.maxima(leaves, axes))
+  is_seen = jax.tree.leaves(mask)
+  seen = [g for g, chosen in zip(leaves, is_seen, strict=True) if chosen]
+  finite = jnp.isfinite(ascent.slope) & (ascent.slope != 0)
+  nothing = jnp.where(finite, 0.0, 1.0)
+  flags = iter(
+    _devices.unless(
+      finite, [nothing] * len(seen), lambda: list(map(spaces.has_non_finite, seen))
+    )
+  )
+  bad = [
+    next(flags) if chosen else spaces.has_non_finite(g)
+    for g, chosen in zip(leaves, is_seen, strict=True)
+  ]
+  moved = jnp.isfinite(radius)
+  return structure.unflatten(
+    [
+      _numerics.zero_if((x == 0) & moved, jnp.float32)
+      for x in _devices.maxima(bad, axes)
+    ]
+  )
 
 
-def mark_non_finite(probe_grads: Any, magnitudes: Any, radius: jax.Array) -> Any:
-  """The gradient at a probe, NaN where the step to it was not finite.
+def mark(grads: Any, marks: Any) -> Any:
+  """Gradients at a probe, NaN where the step to it was not finite.
 
-  Where a leaf of the clean gradient is not finite, or the probe is not, the result is
-  NaN, whatever the gradient at the probe: what follows in the chain must be able to
-  see it. That is before any mean over replicas, so that all see the same.
+  That is so whatever the gradient there is: what follows in the chain must be able to
+  see it. It is before any mean over replicas, so that all see the same.
 
   Args:
-    probe_grads: gradient at the probe.
-    magnitudes: of the clean gradient, see :func:`magnitudes_of`.
-    radius: scalar, the probe's distance from the parameters.
+    grads: pytree of arrays.
+    marks: of :func:`unsound`.
 
   Returns:
-    A pytree like ``probe_grads``.
+    A pytree like ``grads``.
   """
 
-  def mark(magnitude, g):
+  def of_leaf(nan_or_zero, g):
     if not _numerics.is_inexact(g):
       return g
-    # That the result depends on the radius has a second use: XLA then measures it
-    # before an optimizer overwrites donated parameters, and need not copy them.
-    usable = jnp.isfinite(magnitude) & jnp.isfinite(radius)
-    return jnp.where(usable, g, _numerics.zero_if(usable, g.dtype))
+    # If it was measured, the radius is in the marks, and they have a second use: XLA
+    # then measures it before an optimizer overwrites donated parameters, and need not
+    # copy them.
+    return jnp.where(nan_or_zero == 0, g, nan_or_zero.astype(g.dtype))
 
-  return jax.tree.map(mark, magnitudes, probe_grads)
+  return jax.tree.map(of_leaf, marks, grads)
+
+
+def _are_narrow(tree):
+  return any(jnp.finfo(jnp.result_type(x)).bits < 32 for x in jax.tree.leaves(tree))

@@ -8,6 +8,7 @@ inner products over all leaves and over all devices that a leaf is sharded over.
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
+import operator
 from typing import Any
 from typing import NamedTuple
 
@@ -30,7 +31,9 @@ class Space(NamedTuple):
       1e-25 it underflows in float32, so divide by the norm first.
     normalize: ``tree -> (tree, scalar)``, the tree divided by its Euclidean norm, and
       the norm, float32 or wider; right from 1e-38 to 1e+38, and zero, both, where the
-      norm is zero or not finite.
+      norm is zero or not finite. ``normalize(sources, make)`` is that of the tree
+      ``make(sources)``, for a function of nothing else: it may be computed twice, and
+      then need not be kept.
     param_specs: how the leaves are sharded inside ``shard_map``, see
       :func:`sharpness_aware`; None where each device has all of every leaf.
 
@@ -44,7 +47,7 @@ class Space(NamedTuple):
 
   mean: Callable[[Any], Any]
   dot: Callable[[Any, Any], jax.Array]
-  normalize: Callable[[Any], tuple[Any, jax.Array]]
+  normalize: Callable[..., tuple[Any, jax.Array]]
   param_specs: Any = None
 
 
@@ -138,11 +141,14 @@ def dot(a: Any, b: Any, param_specs: Any = None) -> jax.Array:
   return _devices.total(jax.tree.leaves(products), axes, zero)
 
 
-def normalize(tree: Any, param_specs: Any = None) -> tuple[Any, jax.Array]:
+def normalize(
+  tree: Any, make: Callable[[Any], Any] = lambda tree: tree, *, param_specs: Any = None
+) -> tuple[Any, jax.Array]:
   """The tree divided by its Euclidean norm, and the norm.
 
   Args:
     tree: pytree of real floating-point arrays.
+    make: what makes such a tree of the one given.
     param_specs: how its leaves are sharded inside ``shard_map``, see
       :func:`sharpness_aware`; the norm is that of the whole tree.
 
@@ -150,44 +156,31 @@ def normalize(tree: Any, param_specs: Any = None) -> tuple[Any, jax.Array]:
     The tree of length one, and the norm, a scalar, in float32 or wider; zeros, both,
     where the norm is zero or not finite.
   """
-  axes = _devices.leaf_axes(param_specs, tree)
-  zero = jnp.zeros([], _numerics.wide_dtype(tree))
-  tree = jax.tree.map(functools.partial(_numerics.widen, like=zero), tree)
-  leaves = jax.tree.leaves(tree)
-  magnitudes = _devices.maxima([_numerics.largest_magnitude(x) for x in leaves], axes)
-  largest = functools.reduce(jnp.maximum, magnitudes, zero)
-  usable = (largest > 0) & jnp.isfinite(largest)
-  scale = _scale(largest)
-  squares = _devices.total([_sum_of_squares(x, scale) for x in leaves], axes, zero)
-  root = jnp.sqrt(jnp.where(usable, squares, 1.0))
-  # Where numbers below the smallest normal one count as zero, so may the root.
-  usable &= (root > 0) & jnp.isfinite(scale * root)
+  made = make(tree)
+  scale, root = _length(tree, make, param_specs)
+  usable = (root > 0) & jnp.isfinite(scale * root)
   # Products, since XLA turns two divisions into one by what may be too large.
   inverse = 1.0 / jnp.where(usable, root, 1.0)
-  unit = jax.tree.map(
-    lambda x: jnp.where(usable, x * (1.0 / scale) * inverse, 0.0), tree
-  )
-  return unit, jnp.where(usable, scale * root, 0.0)
+
+  def of_leaf(x):
+    x = _numerics.widen(x, like=root)
+    return jnp.where(usable, x * (1.0 / scale) * inverse, 0.0)
+
+  return jax.tree.map(of_leaf, made), jnp.where(usable, scale * root, 0.0)
 
 
-def norm(tree: Any, size: jax.Array, param_specs: Any = None) -> jax.Array:
-  """The Euclidean norm of a tree, in one pass; not finite where an entry is not.
+def norm(tree: Any, param_specs: Any = None) -> jax.Array:
+  """The Euclidean norm of a tree; not finite where an entry is not.
 
   Args:
-    tree: pytree of real floating-point arrays, all of the same dtype.
-    size: scalar, roughly the largest magnitude: to 15 decades in float32.
+    tree: pytree of real floating-point arrays.
     param_specs: see :func:`normalize`.
 
   Returns:
-    A scalar, whose derivative is 0, not NaN, where the norm is.
+    A scalar, float32 or wider, whose derivative is 0, not NaN, where the norm is.
   """
-  leaves, axes = jax.tree.leaves(tree), _devices.leaf_axes(param_specs, tree)
-  zero = jnp.zeros([], _numerics.wide_dtype(tree))
-  scale = _scale(jnp.asarray(size, zero.dtype))
-  square = _devices.total([_sum_of_squares(x, scale) for x in leaves], axes, zero)
-  # Both branches finite, so that the derivative where nothing moved is 0, not NaN.
-  root = jnp.sqrt(jnp.where(square == 0, 1.0, square))
-  return jnp.where(square == 0, 0.0, scale * root)
+  scale, root = _length(tree, lambda tree: tree, param_specs)
+  return scale * root
 
 
 def all_finite(tree: Any, param_specs: Any = None) -> jax.Array:
@@ -201,32 +194,106 @@ def all_finite(tree: Any, param_specs: Any = None) -> jax.Array:
   Returns:
     bool scalar.
   """
-  finite = [
-    jnp.all(jnp.isfinite(x)) if _numerics.is_inexact(x) else jnp.array(True)
-    for x in jax.tree.leaves(tree)
+  leaves = [
+    jax.lax.stop_gradient(x) for x in jax.tree.leaves(tree) if _numerics.is_inexact(x)
   ]
-  axes = _devices.leaf_axes(param_specs, tree)
-  bad = _devices.maxima([jnp.where(ok, 0.0, 1.0) for ok in finite], axes)
-  return functools.reduce(jnp.maximum, bad, jnp.zeros([])) == 0
+  if not leaves:
+    return jnp.array(True)
+  # A sum is not finite if an entry is not, and is read in one pass.
+  sums = [jnp.sum(x) for x in leaves]
+  usual = functools.reduce(operator.and_, [jnp.isfinite(x) for x in sums])
+  nothing = jnp.where(usual, 0.0, 1.0)
+  (bad,) = _devices.unless(
+    usual, [nothing], lambda: [jnp.max(jnp.stack([has_non_finite(x) for x in leaves]))]
+  )
+  names = sorted(
+    {name for axes in _devices.leaf_axes(param_specs, tree) for name in axes}
+  )
+  (bad,) = _devices.maxima([bad], [tuple(names)])
+  return bad == 0
 
 
-def _scale(size):
-  """About ``size``, to scale by so that no square over- or underflows.
+def has_non_finite(x: jax.Array) -> jax.Array:
+  """1 if an array has an entry that is not finite, or 0: for a maximum over devices."""
+  if not _numerics.is_inexact(x):
+    return jnp.zeros([])
+  return jnp.where(jnp.all(jnp.isfinite(x)), 0.0, 1.0)
 
-  Its reciprocal is a normal number as well. The results do not depend on it, so their
-  derivatives need not know it. (A power of two would round nothing; on the CPU it took
-  as long to compile as all the rest.)
+
+def _length(tree, make, param_specs):
+  """The Euclidean norm as two factors, of which the first is a power of two."""
+  made = jax.eval_shape(make, tree)
+  zero = jnp.zeros([], _numerics.wide_dtype(made))
+  axes = tuple(_devices.leaf_axes(param_specs, made))
+
+  def leaves(tree):
+    return [_numerics.widen(x, like=zero) for x in jax.tree.leaves(make(tree))]
+
+  return _length_of(leaves, axes, tree)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _length_of(make, axes, tree):
+  """One pass, unless the plain sum of squares is too large or has lost too much.
+
+  Only then the sum is taken again, of numbers that are scaled.
   """
-  reach = 2.0 ** (jnp.finfo(size.dtype).maxexp - 28)
-  usable = (size > 0) & jnp.isfinite(size)
-  scale = jnp.where(usable, jnp.clip(size, 1 / reach, reach), 1.0)
-  return jax.lax.stop_gradient(scale)
+  leaves = make(tree)
+  zero = jnp.zeros([], _numerics.wide_dtype(leaves))
+
+  def shares(leaves, square):
+    squares = [jnp.sum(square(x)) for x in leaves]
+    return _devices.subtotals(squares, axes, zero)
+
+  def scaled():
+    # Made again, because XLA would store what both branches need.
+    again = make(tree)
+    return jax.lax.map(lambda scale: shares(again, lambda x: _square(x, scale)), scales)
+
+  finfo = jnp.finfo(zero.dtype)
+  size = sum(x.size * _devices.count(a) for x, a in zip(leaves, axes, strict=True))
+  # All squares that are too small for a number are together less than its rounding.
+  smallest = max(size, 1) * float(finfo.tiny) / float(finfo.eps)
+  plain = shares(leaves, jnp.square)
+  square = _devices.across(plain, axes)
+  # The same on all devices that have a part of the same leaf.
+  usual = (square >= smallest) & jnp.isfinite(square)
+  reach = 2.0 ** (3 * finfo.maxexp // 4)
+  scales = jnp.array([1 / reach, 1.0, reach], zero.dtype)
+  squares = _devices.unless(
+    usual, [jnp.broadcast_to(x, scales.shape) for x in plain], scaled
+  )
+  # Once more, since what a compiler makes of a plain square may be further from it.
+  squares = _devices.across(squares, axes)
+  chosen = jnp.where(
+    jnp.isfinite(squares[1]), jnp.where(squares[1] < smallest, 0, 1), 2
+  )
+  pick = functools.partial(jax.lax.select_n, chosen)
+  return pick(*scales), jnp.sqrt(pick(*squares))
 
 
-def _sum_of_squares(x, scale):
-  # The scale is positive always. Without the question XLA makes x² · scale⁻² of a
-  # gradient that is a constant, as in a branch of `cond`, and that overflows.
-  return jnp.sum(jnp.square(jnp.where(scale > 0, x * (1.0 / scale), 0.0)))
+@_length_of.defjvp
+def _(make, axes, primals, tangents):
+  """By way of the unit vector, which neither over- nor underflows; 0 where it has none.
+
+  The scale has no derivative, since the norm does not depend on it.
+  """
+  scale, root = _length_of(make, axes, *primals)
+  leaves, changes = jax.jvp(make, primals, tangents)
+  inverse = jnp.where(root > 0, 1.0 / jnp.where(root > 0, root, 1.0), 0.0)
+  along = [
+    jnp.sum(x * (1.0 / scale) * inverse * dx)
+    for x, dx in zip(leaves, changes, strict=True)
+  ]
+  change = _devices.total(along, axes, jnp.zeros_like(root)) * (1.0 / scale)
+  return (scale, root), (jnp.zeros_like(scale), change)
+
+
+def _square(x, scale):
+  y = x * (1.0 / scale)
+  # Without the question XLA makes a product of squares of the square of a product, and
+  # they overflow.
+  return jnp.square(jnp.where(y == 0, 0.0, y))
 
 
 # Each device has all of every leaf, and there are no replicas.

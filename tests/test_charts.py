@@ -74,7 +74,7 @@ def test_dense_solve(x64):
     G = J.T @ J + ridge * np.eye(g.size) + alpha**2 * np.outer(g, g)
     u = np.linalg.solve(G, g)
 
-    direction, slope = ascend(metric, grads, params)
+    direction, slope, _ = ascend(metric, grads, params)
 
     np.testing.assert_allclose(vector(direction), u / np.sqrt(g @ u), atol=1e-7)
     np.testing.assert_allclose(slope, np.sqrt(g @ u), rtol=1e-8)
@@ -90,7 +90,7 @@ def test_stopped_early_it_is_the_steepest_of_what_was_tried(x64):
   krylov = [g / np.linalg.norm(g)]
   for steps in range(1, 6):
     metric = pullback(chart_of_pytrees, 0.0, 0.01, tolerance=0.0, max_steps=steps)
-    direction, slope = ascend(metric, grads, params)
+    direction, slope, _ = ascend(metric, grads, params)
 
     K = np.linalg.qr(np.stack(krylov, axis=1))[0]
     best = np.sqrt((K.T @ g) @ np.linalg.solve(K.T @ A @ K, K.T @ g))
@@ -106,7 +106,7 @@ def test_gradients_of_any_size():
   """In float32: the direction of the base does not depend on the length."""
   grads = jax.grad(problems.loss)(PARAMS, BATCH)
   metric = pullback(chart_of_pytrees, 0.0, 0.1)
-  expected, slope = ascend(metric, grads, PARAMS)
+  expected, slope, _ = ascend(metric, grads, PARAMS)
   for scale in 1e-30, 1e30:
     scaled = jax.tree.map(lambda g: scale * g, grads)
     got = ascend(metric, scaled, PARAMS)

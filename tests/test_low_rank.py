@@ -79,7 +79,7 @@ def test_is_a_dense_solve(seed, alpha, kind):
   rows, w = rng.normal(size=(3, 6)), rng.normal(size=6)
   g = rows.mean(axis=0) if kind == 'mean' else rng.normal(size=6)
 
-  direction, slope = compiled('float64')(g, rows, w, alpha)
+  direction, slope, _ = compiled('float64')(g, rows, w, alpha)
 
   expected, s, _ = dense(g, rows, alpha, np.diag((np.abs(w) + 0.1) ** -2))
   np.testing.assert_allclose(direction, expected, atol=1e-8 * np.abs(expected).max())
@@ -97,14 +97,14 @@ def test_one_gradient_is_monge_and_all_are_the_empirical_fisher_matrix():
 
   for parts in (1, 3, 12):
     gradients = in_parts(W, x.reshape(parts, -1, 6), y.reshape(parts, -1))
-    direction, slope = ascend(low_rank_monge(alpha=0.5), g, gradients=gradients)
+    direction, slope, _ = ascend(low_rank_monge(alpha=0.5), g, gradients=gradients)
     means = example_grads.reshape(parts, -1, 6).mean(axis=1)
     expected, s, _ = dense(np.asarray(g), means, 0.5)
     np.testing.assert_allclose(direction, expected, rtol=1e-8)
     np.testing.assert_allclose(slope, s, rtol=1e-10)
     if parts == 1:
       of_monge = ascend(monge(0.5), g)
-      chex.assert_trees_all_close((direction, slope), tuple(of_monge), rtol=1e-10)
+      chex.assert_trees_all_close((direction, slope), of_monge[:2], rtol=1e-10)
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_float32_at_any_magnitude(kind, size):
 
   single = lambda x: jnp.asarray(size * x, jnp.float32)
   metric = low_rank_monge(alpha=alpha)
-  direction, slope = ascend(metric, single(g), np.float32(W), gradients=single(rows))
+  direction, slope, _ = ascend(metric, single(g), np.float32(W), gradients=single(rows))
 
   expected, s, G = dense(g, rows, alpha * size)
   error = np.asarray(direction, np.float64) - expected
@@ -135,7 +135,7 @@ def test_a_gradient_that_is_nearly_along_the_others():
   rows = np.stack([m, m + 0.01 * noise[0], m + 0.01 * noise[1]]).astype(np.float32)
   g = (rows.mean(axis=0) + 0.001 * noise[2]).astype(np.float32)
 
-  direction, slope = ascend(low_rank_monge(alpha=alpha), g, g, gradients=rows)
+  direction, slope, _ = ascend(low_rank_monge(alpha=alpha), g, g, gradients=rows)
 
   # By a root of the matrix, which is better conditioned.
   root = np.vstack([np.eye(m.size), alpha / np.sqrt(3) * rows])
@@ -154,7 +154,7 @@ def test_gradients_that_are_the_same_or_zero():
   np.testing.assert_allclose(ascent.direction, expected, rtol=1e-5)
   np.testing.assert_allclose(ascent.slope, s, rtol=1e-6)
   none = ascend(low_rank_monge(), rows[0], np.float32(W), gradients=0 * rows)
-  chex.assert_trees_all_close(none, ascend(euclidean(), rows[0]), rtol=1e-6)
+  chex.assert_trees_all_close(none[:2], ascend(euclidean(), rows[0])[:2], rtol=1e-6)
   zero = ascend(low_rank_monge(), 0 * rows[0], np.float32(W), gradients=rows)
   chex.assert_trees_all_equal(zero, Ascent(np.zeros(6, np.float32), np.float32(0)))
 
@@ -317,7 +317,8 @@ def test_a_radius_of_zero_is_monge():
   w = jnp.array([0.3, -0.2, 0.1])
   metric = neighborhood_monge(2, 0.0, 1.3, key=jax.random.key(1))
   got = ascend(metric, quadratic(w), w, grad_fn=quadratic)
-  chex.assert_trees_all_close(got, ascend(monge(1.3), quadratic(w), w), rtol=1e-5)
+  expected = ascend(monge(1.3), quadratic(w), w)
+  chex.assert_trees_all_close(got[:2], expected[:2], rtol=1e-5)
 
 
 def test_noise_in_a_chain_under_a_mask_and_when_resumed():

@@ -155,7 +155,7 @@ def test_any_tree_of_any_magnitude(name, trees):
   grads, params = trees
   metric, alpha_squared, inverse = METRICS[name]
 
-  direction, slope = ascend(metric, grads, params)
+  direction, slope, _ = ascend(metric, grads, params)
 
   chex.assert_trees_all_equal_shapes_and_dtypes(direction, grads)
   chex.assert_type(slope, jnp.float32)
@@ -192,7 +192,7 @@ def test_one_entry_that_is_not_finite_stops_all(name, trees, poison, place):
   values[i] = jnp.asarray(leaf)
   grads = jax.tree.unflatten(structure, values)
 
-  direction, slope = ascend(METRICS[name][0], grads, params)
+  direction, slope, _ = ascend(METRICS[name][0], grads, params)
 
   chex.assert_trees_all_equal_shapes_and_dtypes(direction, grads)
   assert not flat(direction).any()
@@ -213,7 +213,7 @@ def filled(value, dtype=jnp.float32):
 def test_zero_gradient_gives_zero(name, dtype):
   grads = filled(0.0, dtype)
 
-  direction, slope = ascend(METRICS[name][0], grads, filled(1.0, dtype))
+  direction, slope, _ = ascend(METRICS[name][0], grads, filled(1.0, dtype))
 
   chex.assert_trees_all_equal(direction, grads)
   assert slope == 0
@@ -225,7 +225,7 @@ def test_derivatives_at_the_zero_gradient_are_zero(name):
 
   @jax.jit
   def derivatives(grads, params):
-    _, pullback = jax.vjp(lambda g, w: tuple(ascend(metric, g, w)), grads, params)
+    _, pullback = jax.vjp(lambda g, w: ascend(metric, g, w)[:2], grads, params)
     by_slope = pullback((filled(0.0), jnp.float32(1.0)))
     by_direction = pullback((filled(1.0), jnp.float32(0.0)))
     return *by_slope, *by_direction
@@ -254,7 +254,7 @@ def test_derivatives_of_the_slope_where_parts_are_zero(name, x64):
 def test_poison_in_one_leaf_stops_the_others(name):
   for poison in (np.nan, np.inf):
     grads = filled(1.0) | {'scale': jnp.float32(poison)}
-    direction, slope = ascend(METRICS[name][0], grads, filled(1.0))
+    direction, slope, _ = ascend(METRICS[name][0], grads, filled(1.0))
     chex.assert_trees_all_equal(direction, filled(0.0))
     assert slope == 0
 
@@ -272,7 +272,7 @@ def test_gradients_of_all_magnitudes_in_float32(name, magnitude):
   }
   grads, params = draw(magnitude), draw(1.0)
 
-  direction, slope = ascend(METRICS[name][0], grads, params)
+  direction, slope, _ = ascend(METRICS[name][0], grads, params)
 
   expected, expected_slope = truth(name, grads, params)
   np.testing.assert_allclose(flat(direction), expected, rtol=1e-6)
@@ -283,7 +283,7 @@ def test_monge_where_the_square_of_eq_9_overflows():
   """n²(1+n²) is beyond float32 from n = 4.3e9 on, δ is not."""
   g = jnp.array([3e10, 4e10])
 
-  direction, slope = ascend(monge(), g)
+  direction, slope, _ = ascend(monge(), g)
 
   np.testing.assert_allclose(direction, [0.6 / 5e10, 0.8 / 5e10], rtol=1e-6)
   np.testing.assert_allclose(slope, 1.0, rtol=1e-6)
@@ -291,7 +291,7 @@ def test_monge_where_the_square_of_eq_9_overflows():
 
 @pytest.mark.parametrize('alpha', [1e10, 1e30, 3e38])
 def test_huge_alpha_times_huge_gradient(alpha):
-  direction, slope = ascend(monge(alpha), jnp.full([4], 1e30))
+  direction, slope, _ = ascend(monge(alpha), jnp.full([4], 1e30))
 
   np.testing.assert_allclose(direction, np.zeros(4), atol=1e-37)
   np.testing.assert_allclose(slope, 1 / alpha, rtol=1e-6, atol=2e-38)
@@ -300,7 +300,7 @@ def test_huge_alpha_times_huge_gradient(alpha):
 def test_huge_and_tiny_gradients_side_by_side():
   grads = {'huge': jnp.float32([3e30, 4e30]), 'tiny': jnp.full([3], 1e-30)}
 
-  direction, slope = ascend(euclidean(), grads)
+  direction, slope, _ = ascend(euclidean(), grads)
 
   np.testing.assert_allclose(direction['huge'], [0.6, 0.8], rtol=1e-6)
   np.testing.assert_array_equal(direction['tiny'], np.zeros(3))
@@ -312,14 +312,14 @@ def test_huge_and_tiny_gradients_side_by_side():
 
 def test_norm_of_float16_gradients_does_not_overflow():
   """300² is beyond float16."""
-  direction, slope = ascend(euclidean(), jnp.full([10_000], 300.0, jnp.float16))
+  direction, slope, _ = ascend(euclidean(), jnp.full([10_000], 300.0, jnp.float16))
 
   np.testing.assert_allclose(slope, 30_000.0, rtol=1e-6)
   np.testing.assert_allclose(np.asarray(direction, np.float64), 0.01, rtol=1e-3)
 
 
 def test_norm_of_float16_gradients_may_be_beyond_float16():
-  direction, slope = ascend(euclidean(), jnp.full([160_000], 300.0, jnp.float16))
+  direction, slope, _ = ascend(euclidean(), jnp.full([160_000], 300.0, jnp.float16))
 
   np.testing.assert_allclose(slope, 120_000.0, rtol=1e-6)
   np.testing.assert_allclose(np.asarray(direction, np.float64), 1 / 400, rtol=1e-3)
@@ -349,7 +349,7 @@ def test_leaves_of_different_dtypes(name):
   }
   grads, params = draw(), draw()
 
-  direction, slope = ascend(METRICS[name][0], grads, params)
+  direction, slope, _ = ascend(METRICS[name][0], grads, params)
 
   expected, expected_slope = truth(name, grads, params)
   chex.assert_trees_all_equal_shapes_and_dtypes(direction, grads)
@@ -367,7 +367,7 @@ def test_float64_keeps_its_precision(name, magnitude, x64):
   }
   params = {key: jnp.asarray(rng.normal(size=shape)) for key, shape in TREE.items()}
 
-  direction, slope = ascend(METRICS[name][0], grads, params)
+  direction, slope, _ = ascend(METRICS[name][0], grads, params)
 
   expected, expected_slope = truth(name, grads, params)
   chex.assert_trees_all_equal_dtypes(direction, grads)
@@ -379,7 +379,7 @@ def test_float64_keeps_its_precision(name, magnitude, x64):
 def test_float64_beside_float32(x64):
   grads = {'wide': jnp.full([2], 3.0), 'narrow': jnp.full([2], 4.0, jnp.float32)}
 
-  direction, slope = ascend(euclidean(), grads)
+  direction, slope, _ = ascend(euclidean(), grads)
 
   chex.assert_trees_all_equal_dtypes(direction, grads)
   np.testing.assert_allclose(slope, np.sqrt(50), rtol=1e-12)
@@ -397,7 +397,7 @@ def test_float64_beside_float32(x64):
 )
 @every_metric
 def test_tree_without_leaves(name, grads):
-  direction, slope = ascend(METRICS[name][0], grads, grads)
+  direction, slope, _ = ascend(METRICS[name][0], grads, grads)
 
   assert direction == grads
   assert slope == 0
@@ -407,7 +407,7 @@ def test_tree_without_leaves(name, grads):
 def test_tree_of_empty_arrays(name):
   grads = {'a': jnp.zeros([0]), 'b': jnp.zeros([2, 0, 3], jnp.bfloat16)}
 
-  direction, slope = ascend(METRICS[name][0], grads, grads)
+  direction, slope, _ = ascend(METRICS[name][0], grads, grads)
 
   chex.assert_trees_all_equal_shapes_and_dtypes(direction, grads)
   assert slope == 0
@@ -415,14 +415,14 @@ def test_tree_of_empty_arrays(name):
 
 @pytest.mark.parametrize('g', [2.5, -2.5, 1e-30, -1e30])
 def test_scalar_parameter(g):
-  direction, slope = ascend(euclidean(), jnp.float32(g))
+  direction, slope, _ = ascend(euclidean(), jnp.float32(g))
 
   assert direction == np.sign(g)
   np.testing.assert_allclose(slope, abs(g), rtol=1e-6)
 
 
 def test_numpy_arrays_are_as_good_as_arrays_of_jax():
-  direction, slope = ascend(monge(), {'w': np.float32([0.6, 0.8])})
+  direction, slope, _ = ascend(monge(), {'w': np.float32([0.6, 0.8])})
 
   np.testing.assert_allclose(
     direction['w'], np.array([0.6, 0.8]) / np.sqrt(2), rtol=1e-6
