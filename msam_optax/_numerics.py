@@ -57,8 +57,9 @@ def inverse_hypot(x: jax.Array, square: jax.Array | None = None) -> jax.Array:
   largest = 1.0 / jnp.finfo(x.dtype).eps
   huge = jnp.abs(x) > largest
   square = jnp.square(jnp.where(huge, 0.0, x)) if square is None else square
-  small = 1.0 / jnp.sqrt(1.0 + jnp.where(huge, 0.0, square))
-  return jnp.where(huge, 1.0 / jnp.where(huge, jnp.abs(x), 1.0), small)
+  hypot = jnp.sqrt(1.0 + jnp.where(huge, 0.0, square))
+  # The last of all is the division: see `spaces.normalize`.
+  return 1.0 / jnp.where(huge, jnp.abs(x), hypot)
 
 
 def divisor(weight: jax.Array | None) -> Any:

@@ -22,6 +22,7 @@ which is all that this file computes.
 """
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -278,8 +279,10 @@ def _shortened(
 def _multiply(factor, direction, widen):
   """The product in float32 or wider, rounded to the direction's dtypes unless wide."""
 
-  def of_leaf(d):
-    product = _numerics.widen(d) * _numerics.widen(factor, like=d)
-    return product if widen else product.astype(d.dtype)
+  return jax.tree.map(lambda d: _times(d, factor, widen), direction)
 
-  return jax.tree.map(of_leaf, direction)
+
+@functools.partial(jax.jit, static_argnums=2)
+def _times(d, factor, widen):
+  product = _numerics.widen(d) * _numerics.widen(factor, like=d)
+  return product if widen else product.astype(d.dtype)

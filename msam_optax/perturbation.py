@@ -50,13 +50,19 @@ def perturb(
   mask = _masks.perturbed(mask, params)
   _checks.check_params(params, mask)
 
-  def move(perturbed, w, direction):
-    if not perturbed:
-      return w
-    step = _numerics.widen(rho, like=w) * _numerics.widen(direction, like=w)
-    return _add(jnp.asarray(w), step)
+  rho = jnp.asarray(rho)
+  return jax.tree.map(
+    lambda moves, w, direction: _moved(w, direction, rho) if moves else w,
+    mask,
+    params,
+    ascent.direction,
+  )
 
-  return jax.tree.map(move, mask, params, ascent.direction)
+
+@jax.jit
+def _moved(w, direction, rho):
+  step = _numerics.widen(rho, like=w) * _numerics.widen(direction, like=w)
+  return _add(jnp.asarray(w), step)
 
 
 @jax.custom_jvp
@@ -120,8 +126,9 @@ def unsound(
   """NaN for each leaf in which a step is not finite before its probe, 0 for the others.
 
   A leaf is not finite if its clean gradient is not, and none is if the step is not. A
-  slope that is a number, and not zero, says of all leaves that the metric has seen that
-  they are finite. They are read again only if it is not.
+  slope that is a number, and not zero, says that all leaves that the metric has seen
+  are finite. If it is none, they are read again. Where the metric has the Euclidean
+  norm of what it has seen, a leaf too large for a sum of squares is not finite then.
 
   Args:
     grads: pytree of arrays, the clean gradients.
@@ -134,29 +141,37 @@ def unsound(
     A tree of float32 scalars like ``grads``.
   """
   leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(grads))
-  if not leaves:
-    return grads
-  axes = _devices.leaf_axes(param_specs, grads)
   is_seen = jax.tree.leaves(mask)
   seen = [g for g, chosen in zip(leaves, is_seen, strict=True) if chosen]
   finite = jnp.isfinite(ascent.slope) & (ascent.slope != 0)
-  nothing = jnp.where(finite, 0.0, 1.0)
-  flags = iter(
-    _devices.unless(
-      finite, [nothing] * len(seen), lambda: list(map(spaces.has_non_finite, seen))
+  if ascent.length is not None:
+    # These are the sums of the metric, and XLA takes them once.
+    flags = [_is_infinite(spaces.sum_of_squares(g)) for g in seen]
+  else:
+    nothing = [jnp.where(finite, 0.0, 1.0)] * len(seen)
+    flags = _devices.unless(
+      finite, nothing, lambda: [spaces.has_non_finite(g) for g in seen]
     )
-  )
+  rest = iter(flags)
   bad = [
-    next(flags) if chosen else spaces.has_non_finite(g)
+    next(rest) if chosen else spaces.has_non_finite(g)
     for g, chosen in zip(leaves, is_seen, strict=True)
   ]
+  bad = _devices.maxima(bad, _devices.leaf_axes(param_specs, grads))
   moved = jnp.isfinite(radius)
-  return structure.unflatten(
-    [
-      _numerics.zero_if((x == 0) & moved, jnp.float32)
-      for x in _devices.maxima(bad, axes)
-    ]
-  )
+  zero_if = lambda sound: _numerics.zero_if(sound, jnp.float32)
+  # They end with a root, so that XLA does not compute them once more for each leaf.
+  if_good, if_bad = jnp.sqrt(zero_if(moved)), jnp.sqrt(zero_if(moved & finite))
+  marks = [
+    jnp.where(x == 0, if_good, if_bad) if chosen else zero_if((x == 0) & moved)
+    for x, chosen in zip(bad, is_seen, strict=True)
+  ]
+  return structure.unflatten(marks)
+
+
+@jax.jit
+def _is_infinite(square):
+  return jnp.where(jnp.isfinite(square), 0.0, 1.0)
 
 
 def mark(grads: Any, marks: Any) -> Any:
@@ -173,15 +188,17 @@ def mark(grads: Any, marks: Any) -> Any:
     A pytree like ``grads``.
   """
 
-  def of_leaf(nan_or_zero, g):
-    if not _numerics.is_inexact(g):
-      return g
-    # If it was measured, the radius is in the marks, and they have a second use: XLA
-    # then measures it before an optimizer overwrites donated parameters, and need not
-    # copy them.
-    return jnp.where(nan_or_zero == 0, g, nan_or_zero.astype(g.dtype))
+  # If it was measured, the radius is in the marks, and they have a second use: XLA then
+  # measures it before an optimizer overwrites donated parameters, and need not copy
+  # them.
+  return jax.tree.map(
+    lambda m, g: _marked(m, g) if _numerics.is_inexact(g) else g, marks, grads
+  )
 
-  return jax.tree.map(of_leaf, marks, grads)
+
+@jax.jit
+def _marked(nan_or_zero, g):
+  return jnp.where(nan_or_zero == 0, g, nan_or_zero.astype(g.dtype))
 
 
 def _are_narrow(tree):

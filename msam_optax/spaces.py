@@ -8,7 +8,6 @@ inner products over all leaves and over all devices that a leaf is sharded over.
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
-import operator
 from typing import Any
 from typing import NamedTuple
 
@@ -159,14 +158,18 @@ def normalize(
   made = make(tree)
   scale, root = _length(tree, make, param_specs)
   usable = (root > 0) & jnp.isfinite(scale * root)
-  # Products, since XLA turns two divisions into one by what may be too large.
-  inverse = 1.0 / jnp.where(usable, root, 1.0)
+  # Products, since XLA turns two divisions into one by what may be too large. And each
+  # factor ends with a division, since XLA copies all that is cheaper into each leaf.
+  first = 1.0 / scale
+  second = jnp.where(usable, 1.0, 0.0) / jnp.where(usable, root, 1.0)
+  unit = jax.tree.map(lambda x: _product(x, first, second), made)
+  return unit, jnp.where(usable, scale * root, 0.0)
 
-  def of_leaf(x):
-    x = _numerics.widen(x, like=root)
-    return jnp.where(usable, x * (1.0 / scale) * inverse, 0.0)
 
-  return jax.tree.map(of_leaf, made), jnp.where(usable, scale * root, 0.0)
+@jax.jit
+def _product(x, first, second):
+  x = _numerics.widen(x, like=first)
+  return jnp.where(second > 0, x * first * second, 0.0)
 
 
 def norm(tree: Any, param_specs: Any = None) -> jax.Array:
@@ -194,30 +197,19 @@ def all_finite(tree: Any, param_specs: Any = None) -> jax.Array:
   Returns:
     bool scalar.
   """
-  leaves = [
-    jax.lax.stop_gradient(x) for x in jax.tree.leaves(tree) if _numerics.is_inexact(x)
-  ]
-  if not leaves:
-    return jnp.array(True)
-  # A sum is not finite if an entry is not, and is read in one pass.
-  sums = [jnp.sum(x) for x in leaves]
-  usual = functools.reduce(operator.and_, [jnp.isfinite(x) for x in sums])
-  nothing = jnp.where(usual, 0.0, 1.0)
-  (bad,) = _devices.unless(
-    usual, [nothing], lambda: [jnp.max(jnp.stack([has_non_finite(x) for x in leaves]))]
-  )
-  names = sorted(
-    {name for axes in _devices.leaf_axes(param_specs, tree) for name in axes}
-  )
-  (bad,) = _devices.maxima([bad], [tuple(names)])
-  return bad == 0
+  axes = _devices.leaf_axes(param_specs, tree)
+  bad = _devices.maxima([has_non_finite(x) for x in jax.tree.leaves(tree)], axes)
+  return functools.reduce(jnp.maximum, bad, jnp.zeros([])) == 0
 
 
+@jax.jit
 def has_non_finite(x: jax.Array) -> jax.Array:
   """1 if an array has an entry that is not finite, or 0: for a maximum over devices."""
   if not _numerics.is_inexact(x):
     return jnp.zeros([])
-  return jnp.where(jnp.all(jnp.isfinite(x)), 0.0, 1.0)
+  # A sum that is finite has no part that is not, and this one is never too large.
+  total = jnp.sum(jax.lax.stop_gradient(x) * 2.0**-64)
+  return jnp.where(jnp.isfinite(total), 0.0, 1.0)
 
 
 def _length(tree, make, param_specs):
@@ -241,35 +233,39 @@ def _length_of(make, axes, tree):
   leaves = make(tree)
   zero = jnp.zeros([], _numerics.wide_dtype(leaves))
 
-  def shares(leaves, square):
-    squares = [jnp.sum(square(x)) for x in leaves]
-    return _devices.subtotals(squares, axes, zero)
+  shares = lambda sums: _devices.subtotals(sums, axes, zero)
+  finfo = jnp.finfo(zero.dtype)
+  reach = 2.0 ** (3 * finfo.maxexp // 4)
+  scales = 1 / reach, 1.0, reach
 
   def scaled():
     # Made again, because XLA would store what both branches need.
-    again = make(tree)
-    return jax.lax.map(lambda scale: shares(again, lambda x: _square(x, scale)), scales)
+    sums = [_sums_of_squares(x, scales) for x in make(tree)]
+    return [
+      x for i in range(len(scales)) for x in shares([of_leaf[i] for of_leaf in sums])
+    ]
 
-  finfo = jnp.finfo(zero.dtype)
+  plain = shares([sum_of_squares(x) for x in leaves])
+  square = _devices.across(plain, axes)
   size = sum(x.size * _devices.count(a) for x, a in zip(leaves, axes, strict=True))
   # All squares that are too small for a number are together less than its rounding.
   smallest = max(size, 1) * float(finfo.tiny) / float(finfo.eps)
-  plain = shares(leaves, jnp.square)
-  square = _devices.across(plain, axes)
   # The same on all devices that have a part of the same leaf.
   usual = (square >= smallest) & jnp.isfinite(square)
-  reach = 2.0 ** (3 * finfo.maxexp // 4)
-  scales = jnp.array([1 / reach, 1.0, reach], zero.dtype)
-  squares = _devices.unless(
-    usual, [jnp.broadcast_to(x, scales.shape) for x in plain], scaled
+  parts = _devices.unless(usual, plain * len(scales), scaled)
+  count = len(plain)
+  small, square, large = (
+    _devices.across(parts[i * count : (i + 1) * count], axes)
+    for i in range(len(scales))
   )
   # Once more, since what a compiler makes of a plain square may be further from it.
-  squares = _devices.across(squares, axes)
-  chosen = jnp.where(
-    jnp.isfinite(squares[1]), jnp.where(squares[1] < smallest, 0, 1), 2
-  )
+  chosen = jnp.where(jnp.isfinite(square), jnp.where(square < smallest, 0, 1), 2)
   pick = functools.partial(jax.lax.select_n, chosen)
-  return pick(*scales), jnp.sqrt(pick(*squares))
+  number = lambda *values: pick(*(jnp.full_like(square, x) for x in values))
+  # It ends with a division, and the other with a root: otherwise XLA would compute them
+  # once more for each leaf, in a program that grows with their number.
+  scale = number(1.0, 1.0, reach) / number(reach, 1.0, 1.0)
+  return scale, jnp.sqrt(pick(small, square, large))
 
 
 @_length_of.defjvp
@@ -289,11 +285,24 @@ def _(make, axes, primals, tangents):
   return (scale, root), (jnp.zeros_like(scale), change)
 
 
-def _square(x, scale):
-  y = x * (1.0 / scale)
-  # Without the question XLA makes a product of squares of the square of a product, and
-  # they overflow.
-  return jnp.square(jnp.where(y == 0, 0.0, y))
+@jax.jit
+def sum_of_squares(x):
+  return jnp.sum(jnp.square(_numerics.widen(x)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sums_of_squares(x, scales):
+  """The sum of squares of an array divided by each of some scales, in one pass."""
+
+  def square(scale):
+    y = x * (1.0 / scale)
+    # Without the question XLA makes a product of squares of the square of a product,
+    # and they overflow.
+    return jnp.square(jnp.where(y == 0, 0.0, y))
+
+  add = lambda a, b: tuple(map(jnp.add, a, b))
+  zeros = (jnp.zeros([], x.dtype),) * len(scales)
+  return jax.lax.reduce(tuple(map(square, scales)), zeros, add, range(x.ndim))
 
 
 # Each device has all of every leaf, and there are no replicas.
