@@ -198,7 +198,7 @@ def mark(grads: Any, marks: Any) -> Any:
 
 @jax.jit
 def _marked(nan_or_zero, g):
-  return jnp.where(nan_or_zero == 0, g, nan_or_zero.astype(g.dtype))
+  return g + nan_or_zero.astype(g.dtype)
 
 
 def _are_narrow(tree):

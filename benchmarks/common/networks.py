@@ -1,4 +1,4 @@
-"""The two networks whose steps are weighed: a transformer and a convolutional net."""
+"""The networks whose steps are weighed: a transformer, a convolutional net, an MLP."""
 
 from collections.abc import Callable
 import functools
@@ -80,6 +80,20 @@ class ConvNet(nnx.Module):
     return self.head(self.body(x).mean(axis=(1, 2)))
 
 
+class MLP(nnx.Module):
+  """Dense layers of one width."""
+
+  def __init__(self, width: int, layers: int, classes: int, *, rngs: nnx.Rngs):
+    dense = [nnx.Linear(width, width, rngs=rngs) for _ in range(layers - 1)]
+    self.body = nnx.Sequential(
+      *itertools.chain.from_iterable((layer, nnx.relu) for layer in dense)
+    )
+    self.head = nnx.Linear(width, classes, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.head(self.body(x))
+
+
 def transformer(
   *,
   vocabulary: int = 256,
@@ -101,6 +115,13 @@ def conv_net(
   images = jax.random.normal(jax.random.key(0), (batch, size, size, 1))
   labels = jax.random.randint(jax.random.key(1), (batch,), 0, classes)
   return _problem(ConvNet(width, layers, classes, rngs=nnx.Rngs(0)), (images, labels))
+
+
+def mlp(*, width: int = 256, layers: int = 6, classes: int = 10, batch=512) -> Problem:
+  """A multilayer perceptron on random vectors."""
+  inputs = jax.random.normal(jax.random.key(0), (batch, width))
+  labels = jax.random.randint(jax.random.key(1), (batch,), 0, classes)
+  return _problem(MLP(width, layers, classes, rngs=nnx.Rngs(0)), (inputs, labels))
 
 
 def _problem(model: nnx.Module, batch: Any) -> Problem:
