@@ -172,9 +172,11 @@ def at_probes(
       probe = jax.tree.map(lambda x, p: jnp.where(scale == 0, x, p), w, probe)
       radius = jnp.where(scale == 0, 0.0, radius)
     _devices.check_probe(probe, w, g)
-    # Without it XLA makes the probe anew at each use, for which it keeps the gradient.
-    value, grads = probe_gradient(jax.lax.optimization_barrier(probe))
-    return grads, radius, value, perturbation.unsound(g, ascent, radius, **where)
+    marks = perturbation.unsound(g, ascent, radius, **where)
+    # Else XLA makes the probe anew at each use, and keeps the clean gradient for it.
+    probe, radius, marks = jax.lax.optimization_barrier((probe, radius, marks))
+    value, grads = probe_gradient(probe)
+    return grads, radius, value, marks
 
   scales = setting.combination.scales if scales is None else scales
   probes = (at_scale(scale) for scale in scales)
