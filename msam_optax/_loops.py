@@ -51,7 +51,7 @@ def in_a_row(
 
   Returns:
     A function with the arguments of ``clean``, and its output; its gradients are the
-    clean one and one for each probe.
+    clean one and one for each probe, and the output has the marks of the latter.
   """
 
   def passes(*args, **kwargs):
@@ -71,10 +71,11 @@ def in_a_row(
       metric_state=_passes.init_metric(setting, begin.params),
       space=space,
       average=average,
+      marked=False,
     )
     if ascent is not None:
       output = _of_whole(output, outputs[-1])
-    return output, (begin.grads, *probes.grads)
+    return output._replace(marks=probes.marks), (begin.grads, *probes.grads)
 
   return passes
 
@@ -102,7 +103,7 @@ def in_one_loop(
     wide: whether the gradients are float32 or wider, whatever the parameters are.
 
   Returns:
-    A function like that of :func:`in_a_row`.
+    A function like that of :func:`in_a_row`; the gradients are marked already.
   """
   scales = (0.0, *setting.combination.scales)
 

@@ -21,11 +21,14 @@ class Output(NamedTuple):
     weight: scalar, float32 or wider, what the total is to be divided by; None if the
       loss has none, so that all micro-batches count the same.
     aux: the auxiliary output, or None.
+    marks: what is not finite in the steps to probes, a tree like the gradients at them,
+      see :class:`_passes.Probes`; None where the gradients are marked already.
   """
 
   value: Any
   weight: jax.Array | None
   aux: Any
+  marks: Any = None
 
 
 Pass = Callable[..., tuple[Output, Any]]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 
@@ -40,8 +41,8 @@ def over_microbatches(
       the other (``scan``).
 
   Returns:
-    A function with the same arguments; its gradients are float32 or wider, total and
-    weight are sums, and an ``aux`` gets a leading axis ``[shards, ...]``.
+    A function with the same arguments; its gradients are float32 or wider, total,
+    weight and marks are sums, and an ``aux`` gets a leading axis ``[shards, ...]``.
   """
   if shards is None:
     return one_pass
@@ -74,7 +75,8 @@ def over_microbatches(
     grads = _numerics.divide(
       sums, shards if weight is None else _numerics.divisor(weight)
     )
-    return _losses.Output(value, weight, outputs.aux), grads
+    marks = jax.tree.map(functools.partial(jnp.sum, axis=0), outputs.marks)
+    return _losses.Output(value, weight, outputs.aux, marks), grads
 
   return averaged
 
@@ -314,13 +316,18 @@ def _shapes(leaves):
 
 
 def _accumulate(one, cut, shards, params):
-  """Outputs, stacked, and the sum of the gradients of ``one``, one after the other."""
+  """Outputs, stacked, and the sum of the gradients of ``one``, one after the other.
+
+  The sums have an axis of length one. Without it XLA makes one operation of an addition
+  and the gradient of an embedding, and can no longer take the sum over devices, which
+  is in the latter, out of the loop.
+  """
 
   def add(sums, i):
     at = lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
     output, grads = one([at(x) for x in cut])
-    return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), output
+    return jax.tree.map(lambda s, g: s + g.astype(s.dtype)[None], sums, grads), output
 
-  zero = jax.tree.map(_numerics.widen, zeros_like(params))
+  zero = jax.tree.map(lambda x: _numerics.widen(x)[None], zeros_like(params))
   sums, outputs = jax.lax.scan(add, zero, jnp.arange(shards))
-  return outputs, sums
+  return outputs, jax.tree.map(lambda s: s[0], sums)

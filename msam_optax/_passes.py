@@ -58,6 +58,8 @@ class Probes(NamedTuple):
     radius: scalar, the distance of the first probe from the parameters, or None.
     value: scalar, the loss at the first probe, or None.
     metric_state: the metric's next state.
+    marks: a scalar for each leaf of ``grads``, NaN where the step to the probe was not
+      finite, and 0 elsewhere; none if the gradients are marked.
   """
 
   grads: tuple[Any, ...]
@@ -65,6 +67,7 @@ class Probes(NamedTuple):
   radius: jax.Array | None
   value: Any
   metric_state: Any
+  marks: tuple[Any, ...] = ()
 
 
 def init_metric(setting: Setting, params: Any) -> Any:
@@ -118,6 +121,7 @@ def at_probes(
   count: Any = None,
   scales: Sequence[Any] | None = None,
   average: Callable[[Any], Any] = lambda grads: grads,
+  marked: bool = True,
   extra_args: Mapping[str, Any] | None = None,
 ) -> Probes:
   """The gradients at ``w + scale · δ``, marked where a pass was not finite.
@@ -131,6 +135,7 @@ def at_probes(
     count: int32 scalar, the steps so far, if ``rho`` is a schedule.
     scales: one scalar for each probe; by default those of the combination.
     average: ``grads -> grads``, what is done to gradients before the metric sees them.
+    marked: whether the gradients are marked, or the marks returned.
     extra_args: what else the metric may know.
 
   Returns:
@@ -167,13 +172,18 @@ def at_probes(
       probe = jax.tree.map(lambda x, p: jnp.where(scale == 0, x, p), w, probe)
       radius = jnp.where(scale == 0, 0.0, radius)
     _devices.check_probe(probe, w, g)
-    value, grads = probe_gradient(probe)
     marks = perturbation.unsound(g, ascent, radius, **where)
-    return perturbation.mark(grads, marks), radius, value
+    # Else XLA makes the probe anew at each use, and keeps the clean gradient for it.
+    probe, radius, marks = jax.lax.optimization_barrier((probe, radius, marks))
+    value, grads = probe_gradient(probe)
+    return grads, radius, value, marks
 
   scales = setting.combination.scales if scales is None else scales
-  grads, radii, values = zip(*(at_scale(scale) for scale in scales), strict=True)
-  return Probes(grads, ascent.slope, radii[0], values[0], metric_state)
+  probes = (at_scale(scale) for scale in scales)
+  grads, radii, values, marks = zip(*probes, strict=True)
+  if marked:
+    grads, marks = perturbation.mark(grads, marks), ()
+  return Probes(grads, ascent.slope, radii[0], values[0], metric_state, marks)
 
 
 def is_due(begin: Start, state: Any, space: spaces.Space, setting: Setting) -> Any:

@@ -21,6 +21,7 @@ from msam_optax import _numerics
 from msam_optax import _passes
 from msam_optax import combinations
 from msam_optax import metrics
+from msam_optax import perturbation
 from msam_optax import spaces
 from msam_optax import transformation
 from msam_optax.monge import monge
@@ -243,6 +244,8 @@ def value_and_grad(
     _devices.check_axes(params, param_specs, axis_name)
     _check_overwritten(params, shards, axis_name)
     output, grads = gradients_of(*args, **kwargs)
+    if output.marks is not None:
+      grads = grads[0], *perturbation.mark(grads[1:], output.marks)
     if not sync_ascent:
       _devices.check_varying(grads[0], axis_name)
       space = spaces.over(axis_name, param_specs, weight=output.weight)

@@ -269,6 +269,21 @@ def test_a_gradient_that_is_not_finite_comes_out_so(once):
   assert np.isnan(grads).all()
 
 
+@both_ways
+def test_a_step_that_is_not_finite_in_one_micro_batch_is_seen_in_the_mean(vectorize):
+  """The clean gradient of the last overflows in float16, and that at its probe not."""
+  f = lambda w, x: jnp.mean(x) * 6e4 * w['a'].astype(jnp.float32) + w['b'] ** 2
+  value_and_grad_fn = msam_optax.value_and_grad(
+    f, shards=4, vectorize_shards=vectorize, perturbation_dtype=jnp.float32
+  )
+  w = {'a': jnp.float16(1), 'b': jnp.float32(3)}
+  _, grads = value_and_grad_fn(w, jnp.array([0.0, 0.0, 0.0, 1.0]))
+  np.testing.assert_allclose(grads['a'], 1.5e4)
+  _, grads = value_and_grad_fn(w, jnp.array([0.0, 0.0, 0.0, 2.0]))
+  assert np.isnan(grads['a'])
+  assert np.isfinite(grads['b'])
+
+
 @passes
 def test_masks_and_zero_gradients_with_one_loop(once):
   """Masked leaves stay where they are, and a zero gradient is the plain one."""

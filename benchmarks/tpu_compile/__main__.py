@@ -74,6 +74,10 @@ def cells(names: tuple[str, ...]) -> list[Cell]:
     for method in steps.METHODS
     if (layout != steps.FULLY_SHARDED or method not in steps.OWN_ASCENTS)
     and (layout != steps.GROUPED or topology != 'v5e:2x2')
+    and (
+      method not in steps.MICROBATCHES
+      or (topology == 'v5e:4x4' and layout in steps.MICROBATCHES[method])
+    )
   ]
   remedies = [(DROP_IN, remedy) for remedy in (*steps.REMEDIES, NOT_DONATED)]
   remedies += [('adam', remedy) for remedy in steps.CHANGE_THE_MODEL]

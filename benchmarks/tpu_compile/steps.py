@@ -27,6 +27,11 @@ GROUPED = 'fully sharded in groups'
 ONCE = 'drop-in, compiled once'
 OWN = 'drop-in, own ascent (m-sharpness)'
 OWN_ONCE = 'drop-in, own ascent, compiled once'
+SHARDS = 2  # Micro-batches.
+SHARED_SHARDS = f'drop-in, {SHARDS} micro-batches, shared ascent'
+SHARED_SHARDS_ONCE = f'{SHARED_SHARDS}, compiled once'
+OWN_SHARDS = f'drop-in, {SHARDS} micro-batches, own ascents'
+CHIP_SHARDS = f'drop-in, {SHARDS} micro-batches a chip, own ascents'
 
 
 class Step(NamedTuple):
@@ -47,11 +52,11 @@ def adam(objective, mesh):
   return cost_steps.adam(objective)
 
 
-def own_ascent(objective, mesh, compile_once=False):
+def own_ascent(objective, mesh, **options):
   """Each chip, or group, goes uphill on its own; gradients at probes are averaged."""
   axis = mesh.axis_names[0]
   value_and_grad_fn = msam_optax.value_and_grad(
-    objective, rho=cost_steps.RHO, axis_name=axis, compile_once=compile_once
+    objective, rho=cost_steps.RHO, axis_name=axis, **options
   )
 
   def inner(params, batch):
@@ -65,6 +70,15 @@ def own_ascent(objective, mesh, compile_once=False):
   return cost_steps.step(optax.adam(cost_steps.RATE), mapped)
 
 
+def in_microbatches(objective, mesh, **options):
+  """The chips share each micro-batch, under `jit`."""
+  del mesh
+  value_and_grad_fn = msam_optax.value_and_grad(
+    objective, rho=cost_steps.RHO, shards=SHARDS, **options
+  )
+  return cost_steps.step(optax.adam(cost_steps.RATE), value_and_grad_fn)
+
+
 METHODS: dict[str, Callable[..., cost_steps.Step]] = {
   'adam': adam,
   cost_steps.OPAQUE: lambda f, mesh: cost_steps.contrib_sam_opaque(f),
@@ -73,6 +87,12 @@ METHODS: dict[str, Callable[..., cost_steps.Step]] = {
   ONCE: lambda f, mesh: cost_steps.drop_in_compile_once(f),
   OWN: own_ascent,
   OWN_ONCE: lambda f, mesh: own_ascent(f, mesh, compile_once=True),
+  SHARED_SHARDS: lambda f, mesh: in_microbatches(f, mesh, sync_ascent=True),
+  SHARED_SHARDS_ONCE: lambda f, mesh: in_microbatches(
+    f, mesh, sync_ascent=True, compile_once=True
+  ),
+  OWN_SHARDS: in_microbatches,
+  CHIP_SHARDS: lambda f, mesh: own_ascent(f, mesh, shards=SHARDS),
 }
 # One gradient per step.
 ONE_GRADIENT: dict[str, Callable[..., cost_steps.Step]] = {
@@ -85,6 +105,13 @@ ONE_GRADIENT: dict[str, Callable[..., cost_steps.Step]] = {
 }
 # A probe of one's own needs all parameters on the chip, or in its group.
 OWN_ASCENTS = (OWN, OWN_ONCE)
+# Layouts in which micro-batches are compiled.
+MICROBATCHES = {
+  SHARED_SHARDS: (DATA_PARALLEL,),
+  SHARED_SHARDS_ONCE: (DATA_PARALLEL, FULLY_SHARDED),
+  OWN_SHARDS: (DATA_PARALLEL,),
+  CHIP_SHARDS: (DATA_PARALLEL,),
+}
 
 
 def _constrained(model, mesh):

@@ -20,13 +20,19 @@ if importlib.util.find_spec('libtpu') is None:
 
 from benchmarks.tpu_compile import __main__ as tpu_compile
 from benchmarks.tpu_compile.__main__ import Cell
+from benchmarks.tpu_compile.steps import CHIP_SHARDS
 from benchmarks.tpu_compile.steps import DATA_PARALLEL
 from benchmarks.tpu_compile.steps import FULLY_SHARDED
 from benchmarks.tpu_compile.steps import GROUPED
+from benchmarks.tpu_compile.steps import MICROBATCHES
 from benchmarks.tpu_compile.steps import ONCE
 from benchmarks.tpu_compile.steps import ONE_GRADIENT
 from benchmarks.tpu_compile.steps import OWN
 from benchmarks.tpu_compile.steps import OWN_ONCE
+from benchmarks.tpu_compile.steps import OWN_SHARDS
+from benchmarks.tpu_compile.steps import SHARDS
+from benchmarks.tpu_compile.steps import SHARED_SHARDS
+from benchmarks.tpu_compile.steps import SHARED_SHARDS_ONCE
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 
@@ -90,6 +96,31 @@ def test_data_parallel_gradients_are_summed_once_or_twice():
   assert synced == pytest.approx(2 * adam, rel=1e-3)
   messages = weigh('v5e:4x4', DATA_PARALLEL, OWN, TINY)['messages']
   assert set(messages) <= {'all-reduce', 'reduce-scatter', 'scalar'}
+
+
+def test_micro_batches_are_added_up_on_each_chip_before_the_sum_over_chips():
+  """One sum for each pass, and one more for each ascent that all chips share.
+
+  But for the gradients of positions: all sequences have the same, so that XLA sums the
+  rows before it makes the gradient, in each micro-batch.
+  """
+  kinds = ('all-reduce', 'reduce-scatter')
+  programs = {
+    m: weigh('v5e:4x4', DATA_PARALLEL, m, TINY) for m in ('adam', *MICROBATCHES)
+  }
+  adam = sent(programs['adam'], *kinds)
+  positions = 4 * TINY.length * TINY.width
+  for method, sums, of_positions in (
+    (SHARED_SHARDS, 2, 2 * SHARDS),
+    (SHARED_SHARDS_ONCE, 2, 2 * SHARDS),
+    (OWN_SHARDS, SHARDS + 1, 2 * SHARDS),
+    (CHIP_SHARDS, 1, 1),
+  ):
+    expected = sums * adam + (of_positions - sums) * positions
+    assert sent(programs[method], *kinds) == pytest.approx(expected, rel=1e-3), method
+    assert programs[method]['flops'] == pytest.approx(
+      2 * programs['adam']['flops'], rel=1e-3
+    )
 
 
 def test_groups_that_go_uphill_alone_send_each_other_no_more_than_plain_training():
