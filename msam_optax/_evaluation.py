@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from msam_optax import _checks
+from msam_optax import _masks
 
 # Extra arguments of ours and of Optax's own, which are not misspelt.
 EXTRA_ARGS = frozenset(
@@ -30,8 +31,9 @@ def evaluation(
     extra_args: the other extra arguments, among which may be a misspelt one.
 
   Returns:
-    ``(probe, like, dtypes) -> (value or None, grads)``, which raises unless the
-    result has the structure, shapes and (if asked) dtypes of ``like``.
+    ``(params, like, dtypes) -> (value or None, grads)``, which raises unless the
+    result has the structure, shapes and (if asked) dtypes of ``like``. Without that it
+    is the clean pass, which is compared with the params, and may have None.
 
   Raises:
     TypeError: if what is given is no function.
@@ -54,14 +56,19 @@ def evaluation(
       ' which returns the gradient as well.'
     )
 
-  def evaluate(probe, like, dtypes):
+  def evaluate(params, like=None, *, dtypes=False):
     if value_and_grad_fn is not None:
-      value, grads = _pair(_call('value_and_grad_fn', value_and_grad_fn, probe))
+      value, grads = _pair(_call('value_and_grad_fn', value_and_grad_fn, params))
       what = 'The gradient that `value_and_grad_fn` returns'
     else:
-      value, grads = None, _call('grad_fn', grad_fn, probe)
-      what = _checks.pair_hint(grads, like) + 'What `grad_fn` returns'
-    what += ' must be like the gradients given to `update` (None where they are)'
+      value, grads = None, _call('grad_fn', grad_fn, params)
+      what = _checks.pair_hint(grads, params if like is None else like)
+      what += 'What `grad_fn` returns'
+    if like is None:
+      what += ' must be like the params'
+      like = _masks.leave_out(params, _masks.has_leaf(grads, params))
+    else:
+      what += ' must be like the gradients given to `update` (None where they are)'
     _checks.check_like(grads, like, what=what, dtypes=dtypes)
     return value, grads
 

@@ -8,7 +8,6 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
 from msam_optax import _checks
@@ -118,6 +117,7 @@ def at_probes(
   count: Any = None,
   scales: Sequence[Any] | None = None,
   average: Callable[[Any], Any] = lambda grads: grads,
+  unperturbed: Any = None,
   extra_args: Mapping[str, Any] | None = None,
 ) -> Probes:
   """The gradients at ``w + scale · δ``, marked where a pass was not finite.
@@ -131,6 +131,8 @@ def at_probes(
     count: int32 scalar, the steps so far, if ``rho`` is a schedule.
     scales: one scalar for each probe; by default those of the combination.
     average: ``grads -> grads``, what is done to gradients before the metric sees them.
+    unperturbed: bool scalar of a loop, whether this is its turn at the params, in which
+      the metric takes no gradients.
     extra_args: what else the metric may know.
 
   Returns:
@@ -143,6 +145,19 @@ def at_probes(
     value, grads = evaluate(probe)
     return value, _masks.fill(grads, present, w)
 
+  def gradient(params):
+    """What the metric calls."""
+    if unperturbed is None:
+      return average(probe_gradient(params)[1])
+    like = jax.tree.map(jnp.zeros_like, g)
+    return jax.lax.cond(
+      unperturbed,
+      lambda: like,
+      lambda: jax.tree.map(
+        lambda x, z: x.astype(z.dtype), average(probe_gradient(params)[1]), like
+      ),
+    )
+
   ascent, metric_state = metrics.ascend_on(
     perturbed,
     setting.metric,
@@ -153,7 +168,7 @@ def at_probes(
       **(extra_args or {}),
       'space': space,
       'rho': rho,
-      'grad_fn': lambda params: average(probe_gradient(params)[1]),
+      'grad_fn': gradient,
     },
   )
   magnitudes = perturbation.magnitudes_of(g, setting.param_specs)
@@ -162,9 +177,9 @@ def at_probes(
   def at_scale(scale):
     length = _numerics.widen(rho, like=w) * _numerics.widen(scale, like=w)
     probe = perturbation.perturb(w, ascent, length, mask=perturbed)
-    if isinstance(scale, jax.core.Tracer):
+    if unperturbed is not None:
       # 0 · NaN is NaN: the clean pass of a loop sees no hyperparameter and no metric.
-      probe = jax.tree.map(lambda x, p: jnp.where(scale == 0, x, p), w, probe)
+      probe = jax.tree.map(lambda x, p: jnp.where(unperturbed, x, p), w, probe)
     _devices.check_probe(probe, w, g)
     value, grads = probe_gradient(probe)
     radius = perturbation.distance(
