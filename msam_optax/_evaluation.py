@@ -86,7 +86,8 @@ def _missing(extra_args):
     'A sharpness-aware transformation takes the gradient a second time, at'
     ' perturbed parameters, and needs a function for it: `tx.update(grads,'
     ' state, params, grad_fn=grad_fn)`, where `grad_fn = lambda params:'
-    f' jax.grad(loss)(params, batch)`.{misspelt} In Flax use'
+    f' jax.grad(loss)(params, batch)`.{misspelt} Or it takes both:'
+    ' `tx.update(None, state, params, value_and_grad_fn=f)`. In Flax use'
     ' `msam_optax.flax_linen.TrainState`, which forwards it to `tx`, as its own does'
     ' not. Where nothing can be passed, or a wrapper does not forward it'
     ' (optax.MultiSteps inside a chain), take gradients with'
@@ -146,6 +147,8 @@ def _pair(result):
     raise ValueError(
       'The value that `value_and_grad_fn` returns must be a scalar, not a'
       f' {jax.tree.map(jnp.shape, value)}. With `has_aux=True` drop the'
-      ' auxiliary output: `lambda params: (f(params)[0][0], f(params)[1])`.'
+      ' auxiliary output: `lambda params: (f(params)[0][0], f(params)[1])`. To keep it,'
+      ' take gradients with `msam_optax.value_and_grad(..., has_aux=True)`, for a plain'
+      ' optimizer.'
     )
   return result

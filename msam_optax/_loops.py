@@ -109,7 +109,7 @@ def in_one_loop(
 
     def evaluate(point):
       output, (grads,) = clean(*_replace(args, argnums, point), **kwargs)
-      return output, _mean(axis_name, output.weight)(grads)
+      return output, grads
 
     zeros = _microbatches.zeros_like(params, () if axis_name is None else axis_name)
     zeros = _losses.map_gradients(_numerics.widen, zeros) if wide else zeros
@@ -118,6 +118,7 @@ def in_one_loop(
       params,
       setting,
       zeros=zeros,
+      average=lambda grads, output: _mean(axis_name, output.weight)(grads),
       metric_state=_passes.init_metric(setting, params),
       space=lambda _: space,
     )
@@ -165,7 +166,7 @@ def from_params(
 
   def one_pass(point):
     value, grads = evaluate(point, zeros, dtypes=setting.dtype is None)
-    return value, average(_with_numbers(grads))
+    return value, _with_numbers(grads)
 
   known = value is None and clean_value is not None
   clean_value, clean, probes = in_turns(
@@ -173,6 +174,7 @@ def from_params(
     params,
     setting,
     zeros=_with_numbers(zeros),
+    average=lambda grads, value: average(grads),
     value=jnp.zeros(clean_value.shape, clean_value.dtype) if known else None,
     extra_args=extra_args if value is None else {**extra_args, 'value': value},
     **options,
@@ -192,6 +194,7 @@ def in_turns(
   setting: _passes.Setting,
   *,
   zeros: Any,
+  average: Callable[[Any, Any], Any],
   metric_state: Any,
   space: Callable[[Any], spaces.Space],
   count: Any = None,
@@ -207,8 +210,9 @@ def in_turns(
     evaluate: ``params -> (value, grads)``; the value may be any tree of arrays.
     params: pytree of arrays, ``w``.
     setting: what the method is.
-    zeros: a gradient of zero, of the types that those of ``evaluate`` have, with None
-      where they have it.
+    zeros: a gradient of zero, of the types that those of ``average`` have, with None
+      where there is none.
+    average: ``(grads, value) -> grads``, the mean of the gradients of one pass.
     metric_state: the metric's state before the step.
     space: what the metric gets, a function of the gradient that it gets.
     count: int32 scalar, the steps so far, if ``rho`` is a schedule.
@@ -228,19 +232,28 @@ def in_turns(
     first = i == 0
     begin = _passes.start(_clean_among(last, i), params, setting)
     known = {} if clean_value is None else {'value': clean_value}
+    values = []
+
+    def one_pass(point):
+      value, grads = evaluate(point)
+      values.append(value)
+      return value, grads
+
+    mean = lambda grads: average(grads, values[-1])
     probes = _passes.at_probes(
       begin,
-      evaluate,
+      one_pass,
       setting,
       metric_state=metric_state,
       space=space(begin.grads),
       count=count,
       scales=(scale,),
+      average=mean,
       unperturbed=first,
       extra_args={**known, **extra_args},
     )
     new = jax.tree.map(lambda x, g: x.astype(g.dtype), probes.grads[0], begin.grads)
-    new = (*last[1:], _masks.leave_out(new, begin.present))
+    new = (*last[1:], mean(_masks.leave_out(new, begin.present)))
     new_state = _where(first, old_state, probes.metric_state)
     clean_value = None if clean_value is None else _where(first, probes.value, value)
     return (new, new_state, clean_value), (probes.value, probes.slope, probes.radius)

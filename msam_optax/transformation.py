@@ -345,6 +345,10 @@ def _is_traced(tree):
   return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
+def _is_none(x):
+  return x is None
+
+
 def _check_params(params, extra_args):
   if params is None:
     raise ValueError(
@@ -362,6 +366,14 @@ def _check_params(params, extra_args):
 
 
 def _check_gradients(grads, params, extra_args):
+  if jax.tree.leaves(params) and not jax.tree.leaves(grads, is_leaf=_is_none):
+    raise ValueError(
+      f'`update` was given no gradients, but an empty {type(grads).__name__}. To have it'
+      ' take both gradients, give None: `tx.update(None, state, params,'
+      ' value_and_grad_fn=f)`. An nnx.Optimizer makes this of None, and what a pass'
+      ' changes about a model (BatchNorm statistics, random counters) would be lost:'
+      ' give it the gradients of `flax_nnx.value_and_grad(..., compile_once=True)`.'
+    )
   what = 'The gradients given to `update` must be like the params'
   expected = _masks.leave_out(params, _masks.has_leaf(grads, params))
   _checks.check_like(
