@@ -104,6 +104,7 @@ def in_one_loop(
   Returns:
     A function like that of :func:`in_a_row`.
   """
+
   def passes(*args, **kwargs):
     params = select(args, argnums)
 
@@ -175,7 +176,7 @@ def from_params(
     setting,
     zeros=_with_numbers(zeros),
     average=lambda grads, value: average(grads),
-    value=jnp.zeros(clean_value.shape, clean_value.dtype) if known else None,
+    value=jnp.zeros([], _numerics.wide_dtype(clean_value)) if known else None,
     extra_args=extra_args if value is None else {**extra_args, 'value': value},
     **options,
   )
@@ -255,7 +256,9 @@ def in_turns(
     new = jax.tree.map(lambda x, g: x.astype(g.dtype), probes.grads[0], begin.grads)
     new = (*last[1:], mean(_masks.leave_out(new, begin.present)))
     new_state = _where(first, old_state, probes.metric_state)
-    clean_value = None if clean_value is None else _where(first, probes.value, value)
+    if clean_value is not None:
+      new_value = jnp.asarray(probes.value, clean_value.dtype)
+      clean_value = jnp.where(first, new_value, clean_value)
     return (new, new_state, clean_value), (probes.value, probes.slope, probes.radius)
 
   begin = _passes.start(zeros, params, setting)
@@ -312,7 +315,7 @@ def _has_no_numbers(x):
 
 
 def _with_numbers(grads):
-  """Gradients with None instead of those that have no numbers, which no loop carries."""
+  """Gradients with None for those that have no numbers, which no loop carries."""
   return jax.tree.map(lambda g: None if _has_no_numbers(g) else g, grads)
 
 

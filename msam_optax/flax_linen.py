@@ -21,7 +21,6 @@ from msam_optax import _evaluation
 from msam_optax import _masks
 from msam_optax import _numerics
 
-
 # Flax looks for names in the gradients, and None has none.
 _NO_GRADIENTS: dict[str, Any] = {}
 

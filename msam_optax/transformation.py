@@ -6,6 +6,7 @@ from typing import NamedTuple
 from typing import TypedDict
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -92,6 +93,20 @@ def sharpness_aware(
   grads`` and ``value_and_grad_fn(params) -> (value, grads)``; the latter also
   records the loss at the probe and, if ``value=`` (the loss at ``w``) is given,
   its rise. All extra arguments reach the metric and the rest of the chain.
+
+  **Without a gradient**, ``update`` takes both itself, and records the loss at ``w``::
+
+    f = lambda params: jax.value_and_grad(loss)(params, batch)
+    updates, state = tx.update(None, state, params, value_and_grad_fn=f)
+    value = optax.tree.get(state, 'loss')
+
+  Under ``jit`` all passes are turns of one loop, so the program holds one copy of the
+  gradient: less to compile, less code, and on many chips much less memory. (On a CPU
+  convolutions in a loop are many times slower: give the gradient there. A combination
+  that is not ``due`` in every step has two copies.) With ``perturbation_dtype`` the
+  clean pass gets the parameters in that dtype as well. Nothing that needs a gradient,
+  or the loss as ``value``, may then stand around it; and clipping before it does
+  nothing.
 
   **It comes first in the chain.** What reaches it must be the gradient at ``params``:
   behind an optimizer it would perturb downhill and return a gradient that is added to
@@ -368,8 +383,8 @@ def _check_params(params, extra_args):
 def _check_gradients(grads, params, extra_args):
   if jax.tree.leaves(params) and not jax.tree.leaves(grads, is_leaf=_is_none):
     raise ValueError(
-      f'`update` was given no gradients, but an empty {type(grads).__name__}. To have it'
-      ' take both gradients, give None: `tx.update(None, state, params,'
+      f'`update` was given no gradients, but an empty {type(grads).__name__}. To have'
+      ' it take both gradients, give None: `tx.update(None, state, params,'
       ' value_and_grad_fn=f)`. An nnx.Optimizer makes this of None, and what a pass'
       ' changes about a model (BatchNorm statistics, random counters) would be lost:'
       ' give it the gradients of `flax_nnx.value_and_grad(..., compile_once=True)`.'

@@ -428,6 +428,7 @@ def as_varying(w, axis):
   return jax.lax.pvary(w, axis)
 
 
+@pytest.mark.standard_promotion
 def test_wrappers_between():
   """Which of Optax's hand None on, and which cannot."""
   w, f = jnp.array([0.3, 0.4]), jax.value_and_grad(quadratic)
@@ -457,9 +458,13 @@ def test_what_is_wrong_is_named():
   state = tx.init(w)
   for update in (tx.update, jax.jit(tx.update, static_argnames='value_and_grad_fn')):
     with_aux = lambda p: ((0.0, {'stats': 1}), p)
-    with pytest.raises(ValueError, match=r'must be a scalar(.|\n)*has_aux=True\)`, for'):
+    with pytest.raises(
+      ValueError, match=r'must be a scalar(.|\n)*has_aux=True\)`, for'
+    ):
       update(None, state, w, value_and_grad_fn=with_aux)
-    with pytest.raises(ValueError, match="like the params, but has an extra leaf .*'b'"):
+    with pytest.raises(
+      ValueError, match=r"like the params, but has an extra leaf .*'b'"
+    ):
       update(None, state, w, value_and_grad_fn=lambda p: (0.0, {**p, 'b': p['w']}))
     with pytest.raises(ValueError, match='selects no leaf, or no leaf has a gradient'):
       update(None, state, w, value_and_grad_fn=lambda p: (0.0, {'w': None}))
