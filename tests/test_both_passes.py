@@ -444,7 +444,7 @@ def test_wrappers_between():
     np.testing.assert_allclose(optax.tree.get(state, 'loss'), 0.125, rtol=1e-6)
   for tx in (
     optax.MultiSteps(optax.chain(sam, sgd), 2),
-    optax.chain(optax.adam(0.1), sam),
+    optax.apply_if_finite(optax.chain(sam, sgd), 3),
   ):
     with pytest.raises((TypeError, ValueError), match='structure|Expected None'):
       tx.update(None, tx.init(w), w, value_and_grad_fn=f)
