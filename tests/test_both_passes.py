@@ -446,7 +446,7 @@ def test_wrappers_between():
     optax.MultiSteps(optax.chain(sam, sgd), 2),
     optax.apply_if_finite(optax.chain(sam, sgd), 3),
   ):
-    with pytest.raises((TypeError, ValueError), match='structure|Expected None'):
+    with pytest.raises((TypeError, ValueError), match=r'structure|Expected None'):
       tx.update(None, tx.init(w), w, value_and_grad_fn=f)
 
 
