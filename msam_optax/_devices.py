@@ -171,9 +171,9 @@ def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 def varying_axes(x: Any) -> frozenset[str]:
   """The manual axes along which an array varies, where JAX tracks them."""
-  kind = jax.typeof(x)
+  kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
   kind = getattr(kind, 'manual_axis_type', kind)
-  return getattr(kind, 'varying', None) or getattr(kind, 'vma', frozenset())
+  return getattr(kind, 'varying', None) or getattr(kind, 'vma', None) or frozenset()
 
 
 def cast_hint(axis: Any) -> str:

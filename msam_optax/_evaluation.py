@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from msam_optax import _checks
+from msam_optax import _masks
 
 # Extra arguments of ours and of Optax's own, which are not misspelt.
 EXTRA_ARGS = frozenset(
@@ -30,8 +31,9 @@ def evaluation(
     extra_args: the other extra arguments, among which may be a misspelt one.
 
   Returns:
-    ``(probe, like, dtypes) -> (value or None, grads)``, which raises unless the
-    result has the structure, shapes and (if asked) dtypes of ``like``.
+    ``(params, like, dtypes) -> (value or None, grads)``, which raises unless the
+    result has the structure, shapes and (if asked) dtypes of ``like``. Without that it
+    is the clean pass, which is compared with the params, and may have None.
 
   Raises:
     TypeError: if what is given is no function.
@@ -54,14 +56,19 @@ def evaluation(
       ' which returns the gradient as well.'
     )
 
-  def evaluate(probe, like, dtypes):
+  def evaluate(params, like=None, *, dtypes=False):
     if value_and_grad_fn is not None:
-      value, grads = _pair(_call('value_and_grad_fn', value_and_grad_fn, probe))
+      value, grads = _pair(_call('value_and_grad_fn', value_and_grad_fn, params))
       what = 'The gradient that `value_and_grad_fn` returns'
     else:
-      value, grads = None, _call('grad_fn', grad_fn, probe)
-      what = _checks.pair_hint(grads, like) + 'What `grad_fn` returns'
-    what += ' must be like the gradients given to `update` (None where they are)'
+      value, grads = None, _call('grad_fn', grad_fn, params)
+      what = _checks.pair_hint(grads, params if like is None else like)
+      what += 'What `grad_fn` returns'
+    if like is None:
+      what += ' must be like the params'
+      like = _masks.leave_out(params, _masks.has_leaf(grads, params))
+    else:
+      what += ' must be like the gradients given to `update` (None where they are)'
     _checks.check_like(grads, like, what=what, dtypes=dtypes)
     return value, grads
 
@@ -79,7 +86,8 @@ def _missing(extra_args):
     'A sharpness-aware transformation takes the gradient a second time, at'
     ' perturbed parameters, and needs a function for it: `tx.update(grads,'
     ' state, params, grad_fn=grad_fn)`, where `grad_fn = lambda params:'
-    f' jax.grad(loss)(params, batch)`.{misspelt} In Flax use'
+    f' jax.grad(loss)(params, batch)`.{misspelt} Or it takes both:'
+    ' `tx.update(None, state, params, value_and_grad_fn=f)`. In Flax use'
     ' `msam_optax.flax_linen.TrainState`, which forwards it to `tx`, as its own does'
     ' not. Where nothing can be passed, or a wrapper does not forward it'
     ' (optax.MultiSteps inside a chain), take gradients with'
@@ -139,6 +147,8 @@ def _pair(result):
     raise ValueError(
       'The value that `value_and_grad_fn` returns must be a scalar, not a'
       f' {jax.tree.map(jnp.shape, value)}. With `has_aux=True` drop the'
-      ' auxiliary output: `lambda params: (f(params)[0][0], f(params)[1])`.'
+      ' auxiliary output: `lambda params: (f(params)[0][0], f(params)[1])`. To keep it,'
+      ' take gradients with `msam_optax.value_and_grad(..., has_aux=True)`, for a plain'
+      ' optimizer.'
     )
   return result

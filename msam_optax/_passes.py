@@ -8,7 +8,6 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
 from msam_optax import _checks
@@ -122,6 +121,7 @@ def at_probes(
   scales: Sequence[Any] | None = None,
   average: Callable[[Any], Any] = lambda grads: grads,
   marked: bool = True,
+  unperturbed: Any = None,
   extra_args: Mapping[str, Any] | None = None,
 ) -> Probes:
   """The gradients at ``w + scale · δ``, marked where a pass was not finite.
@@ -136,6 +136,8 @@ def at_probes(
     scales: one scalar for each probe; by default those of the combination.
     average: ``grads -> grads``, what is done to gradients before the metric sees them.
     marked: whether the gradients are marked, or the marks returned.
+    unperturbed: bool scalar of a loop, whether this is its turn at the params, in which
+      the metric takes no gradients.
     extra_args: what else the metric may know.
 
   Returns:
@@ -148,6 +150,19 @@ def at_probes(
     value, grads = evaluate(probe)
     return value, _masks.fill(grads, present, w)
 
+  def gradient(params):
+    """What the metric calls."""
+    if unperturbed is None:
+      return average(probe_gradient(params)[1])
+    like = jax.tree.map(jnp.zeros_like, g)
+    return jax.lax.cond(
+      unperturbed,
+      lambda: like,
+      lambda: jax.tree.map(
+        lambda x, z: x.astype(z.dtype), average(probe_gradient(params)[1]), like
+      ),
+    )
+
   ascent, metric_state = metrics.ascend_on(
     perturbed,
     setting.metric,
@@ -158,7 +173,7 @@ def at_probes(
       **(extra_args or {}),
       'space': space,
       'rho': rho,
-      'grad_fn': lambda params: average(probe_gradient(params)[1]),
+      'grad_fn': gradient,
     },
   )
   where = {'mask': perturbed, 'param_specs': setting.param_specs}
@@ -167,10 +182,10 @@ def at_probes(
     length = _numerics.widen(rho, like=w) * _numerics.widen(scale, like=w)
     probe = perturbation.perturb(w, ascent, length, mask=perturbed)
     radius = perturbation.distance(length, ascent, probe, w, **where)
-    if isinstance(scale, jax.core.Tracer):
+    if unperturbed is not None:
       # 0 · NaN is NaN: the clean pass of a loop sees no hyperparameter and no metric.
-      probe = jax.tree.map(lambda x, p: jnp.where(scale == 0, x, p), w, probe)
-      radius = jnp.where(scale == 0, 0.0, radius)
+      probe = jax.tree.map(lambda x, p: jnp.where(unperturbed, x, p), w, probe)
+      radius = jnp.where(unperturbed, 0.0, radius)
     _devices.check_probe(probe, w, g)
     marks = perturbation.unsound(g, ascent, radius, **where)
     # Else XLA makes the probe anew at each use, and keeps the clean gradient for it.

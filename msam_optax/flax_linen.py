@@ -21,6 +21,9 @@ from msam_optax import _evaluation
 from msam_optax import _masks
 from msam_optax import _numerics
 
+# Flax looks for names in the gradients, and None has none.
+_NO_GRADIENTS: dict[str, Any] = {}
+
 
 class TrainState(train_state.TrainState):
   """Flax's ``TrainState`` whose ``apply_gradients`` passes ``grad_fn`` on to ``tx``.
@@ -61,15 +64,21 @@ class TrainState(train_state.TrainState):
     [0.1976 0.2634] 0.7071
   """
 
-  def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
+  def apply_gradients(self, *, grads: Any = None, **kwargs: Any) -> Self:
     """Makes one step.
+
+    Without ``grads`` the method takes both gradients itself, compiled once::
+
+      state = state.apply_gradients(value_and_grad_fn=jax.value_and_grad(loss_fn))
+      loss = optax.tree.get(state.opt_state, 'loss')
 
     With FP8, ``grads`` and ``params`` have a collection ``_overwrite_with_gradient``
     beside ``params``, and ``grad_fn`` is, as always, a function of all that is in the
     state's ``params``.
 
     Args:
-      grads: gradients, a pytree like ``params``.
+      grads: gradients, a pytree like ``params``; None if ``tx`` is to take them, from
+        ``grad_fn`` or ``value_and_grad_fn``.
       **kwargs: those that name a field of the state (``batch_stats=``, say) replace
         it; all others (``grad_fn=``, ``value=``) go to ``tx.update``.
 
@@ -78,6 +87,7 @@ class TrainState(train_state.TrainState):
 
     Raises:
       TypeError: if a name is almost that of a field.
+      ValueError: if there is no gradient, and FP8 scaling factors in the params.
     """
     fields = {field.name for field in dataclasses.fields(self)}
     replaced = {name: x for name, x in kwargs.items() if name in fields}
@@ -89,10 +99,15 @@ class TrainState(train_state.TrainState):
         )
     if isinstance(grads, Mapping) and _masks.OVERWRITTEN in grads:
       extra = _of_parameters(extra, self.params)
+    if grads is None and _masks.OVERWRITTEN in self.params:
+      raise ValueError(
+        f'The params hold {_masks.OVERWRITTEN!r}, which the clean pass overwrites: give'
+        ' its result as `grads`, and `grad_fn` as well.'
+      )
     # A tx with its extra arguments bound, so that Flax's own step does the rest.
     bound = types.SimpleNamespace(update=functools.partial(_update, self.tx, extra))
     stepped = super(TrainState, self.replace(tx=bound)).apply_gradients(
-      grads=grads, **replaced
+      grads=_NO_GRADIENTS if grads is None else grads, **replaced
     )
     return stepped.replace(tx=self.tx)
 
@@ -242,7 +257,9 @@ def _update(tx, extra_args, grads, state, params):
   parameters = inspect.signature(tx.update).parameters.values()
   if not any(p.kind is p.VAR_KEYWORD for p in parameters):
     extra_args = {}
-  return tx.update(grads, state, params, **extra_args)
+  return tx.update(
+    None if grads is _NO_GRADIENTS else grads, state, params, **extra_args
+  )
 
 
 def _of_parameters(extra_args, params):

@@ -509,6 +509,13 @@ def _check_inputs(name, grads, params, mask, param_specs):
   """Raises unless an update can be made; returns which leaves are perturbed."""
   if params is None:
     raise ValueError(f'{name} needs the parameters: `tx.update(grads, state, params)`.')
+  if grads is None:
+    raise ValueError(
+      f'{name} has one gradient per step, the one at the parameters of the training'
+      ' loop, and does not take it itself: `loss, grads ='
+      ' jax.value_and_grad(loss_fn)(params, batch)`, then `tx.update(grads, state,'
+      ' params)`.'
+    )
   _checks.check_arrays(params)
   what = 'The gradients given to `update` must be like the params'
   _checks.check_like(grads, params, what=what, dtypes=False)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from typing import TypedDict
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -13,6 +14,7 @@ from msam_optax import _checks
 from msam_optax import _devices
 from msam_optax import _evaluation
 from msam_optax import _hyperparameters
+from msam_optax import _loops
 from msam_optax import _masks
 from msam_optax import _numerics
 from msam_optax import _passes
@@ -43,6 +45,8 @@ class SharpnessAwareState(NamedTuple):
     radius: ``‖δ‖₂`` as really used, after mask, schedule and rounding: zero in
       bfloat16 says that the perturbation was lost. Of the first probe, as are the next
       two: of ``scales[0] · δ`` where a combination has other scales than 1.
+    loss: ``ℓ(w)``; recorded if ``update`` takes it itself, or is given ``value``. (A
+      name that no parameter has, as ``value`` is one of attention.)
     probe_value: ``ℓ(w+δ)``; recorded if ``value_and_grad_fn`` is given.
     rise: ``ℓ(w+δ) − ℓ(w)``; recorded if ``value_and_grad_fn`` and ``value`` are. If it
       is negative at a small radius, what came into ``update`` was no gradient.
@@ -56,6 +60,7 @@ class SharpnessAwareState(NamedTuple):
   count: Any
   slope: jax.Array
   radius: jax.Array
+  loss: jax.Array
   probe_value: jax.Array
   rise: jax.Array
   finite: jax.Array
@@ -88,6 +93,20 @@ def sharpness_aware(
   grads`` and ``value_and_grad_fn(params) -> (value, grads)``; the latter also
   records the loss at the probe and, if ``value=`` (the loss at ``w``) is given,
   its rise. All extra arguments reach the metric and the rest of the chain.
+
+  **Without a gradient**, ``update`` takes both itself, and records the loss at ``w``::
+
+    f = lambda params: jax.value_and_grad(loss)(params, batch)
+    updates, state = tx.update(None, state, params, value_and_grad_fn=f)
+    value = optax.tree.get(state, 'loss')
+
+  Under ``jit`` all passes are turns of one loop, so the program holds one copy of the
+  gradient: less to compile, less code, and on many chips much less memory. (On a CPU
+  convolutions in a loop are many times slower: give the gradient there. A combination
+  that is not ``due`` in every step has two copies.) With ``perturbation_dtype`` the
+  clean pass gets the parameters in that dtype as well. Nothing that needs a gradient,
+  or the loss as ``value``, may then stand around it; and clipping before it does
+  nothing.
 
   **It comes first in the chain.** What reaches it must be the gradient at ``params``:
   behind an optimizer it would perturb downhill and return a gradient that is added to
@@ -170,12 +189,20 @@ def sharpness_aware(
   average = functools.partial(spaces.mean, axis_name=axis_name)
   ascent_mean = average if sync_ascent else lambda grads: grads
 
+  def averaged_for_ascent(grads):
+    _devices.check_varying(grads, axis_name)
+    return ascent_mean(grads)
+
+  def space_of(means):
+    means = means if sync_ascent else ()
+    return spaces.over(axis_name, param_specs, averaged=means)
+
   def init(params):
     params = _fast(params)
     _checks.check_unmasked(params)
     _checks.check_arrays(params)
-    # Four arrays, not four times one: a donated buffer may be given only once.
-    zeros = [jnp.zeros([], _numerics.wide_dtype(params)) for _ in range(4)]
+    # Five arrays, not five times one: a donated buffer may be given only once.
+    zeros = [jnp.zeros([], _numerics.wide_dtype(params)) for _ in range(5)]
     return SharpnessAwareState(
       jnp.zeros([], jnp.int32),
       *zeros,
@@ -196,16 +223,33 @@ def sharpness_aware(
   ):
     evaluate = _evaluation.evaluation(grad_fn, value_and_grad_fn, extra_args)
     params = _fast(params)
-    _check_inputs(updates, params, extra_args)
+    _check_params(params, extra_args)
     _devices.check_axes(params, param_specs, axis_name)
     _checks.check_averaged(params, axis_name)
-    begin = _passes.start(updates, params, setting)
-    _devices.check_varying(begin.grads, axis_name)
-    begin = begin._replace(grads=ascent_mean(begin.grads))
-    averaged = begin.grads if sync_ascent else ()
-    space = spaces.over(axis_name, param_specs, averaged=averaged)
-    like = _masks.fill(updates, begin.present, params)
-    wanted = _masks.leave_out(begin.grads, begin.present)
+    options: Any = {'metric_state': state.metric_state, 'count': state.count}
+    loss, in_loop = None, None
+    if updates is None and combination.due is None and _is_traced((params, state)):
+      loss, begin, like, in_loop = _loops.from_params(
+        evaluate,
+        params,
+        setting,
+        space=space_of,
+        average=averaged_for_ascent,
+        names=axis_name if sync_ascent else (),
+        value=value,
+        extra_args=extra_args,
+        **options,
+      )
+    else:
+      if updates is None:
+        loss, updates = evaluate(params)
+      _check_gradients(updates, params, extra_args)
+      begin = _passes.start(updates, params, setting)
+      begin = begin._replace(grads=averaged_for_ascent(begin.grads))
+      like = _masks.fill(updates, begin.present, params)
+    value = loss if value is None else value
+    means = (begin.grads, *(in_loop.grads if in_loop else ()))
+    space = space_of(means)
 
     def combine(probes):
       new_updates, combination_state = _passes.combine(
@@ -220,17 +264,20 @@ def sharpness_aware(
       return new_updates, combination_state, probes.metric_state, scalars
 
     def with_probes():
-      probes = _passes.at_probes(
-        begin,
-        lambda probe: evaluate(probe, wanted, dtypes=perturbation_dtype is None),
-        setting,
-        metric_state=state.metric_state,
-        space=space,
-        count=state.count,
-        average=ascent_mean,
-        extra_args=extra_args if value is None else {**extra_args, 'value': value},
+      wanted = _masks.leave_out(begin.grads, begin.present)
+      known = {} if value is None else {'value': value}
+      return combine(
+        in_loop
+        or _passes.at_probes(
+          begin,
+          lambda probe: evaluate(probe, wanted, dtypes=perturbation_dtype is None),
+          setting,
+          space=space,
+          average=ascent_mean,
+          extra_args={**extra_args, **known},
+          **options,
+        )
       )
-      return combine(probes)
 
     def without_probes():
       return combine(_passes.Probes((), None, None, None, state.metric_state))
@@ -305,7 +352,19 @@ def _fast(params):
   return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
-def _check_inputs(grads, params, extra_args):
+def _is_traced(tree):
+  """Whether this is part of a program that is compiled as a whole.
+
+  Operation by operation a loop would be compiled anew in every step.
+  """
+  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def _is_none(x):
+  return x is None
+
+
+def _check_params(params, extra_args):
   if params is None:
     raise ValueError(
       'A sharpness-aware transformation perturbs the parameters and needs them:'
@@ -313,18 +372,29 @@ def _check_inputs(grads, params, extra_args):
     )
   _checks.check_unmasked(params)
   _checks.check_arrays(params)
-  what = 'The gradients given to `update` must be like the params'
-  expected = _masks.leave_out(params, _masks.has_leaf(grads, params))
-  _checks.check_like(
-    grads, expected, what=_checks.pair_hint(grads, params) + what, dtypes=False
-  )
-  _checks.check_first(grads, extra_args.get('grad'))
   if reserved := sorted({'rho', 'space', 'grads'} & set(extra_args)):
     raise ValueError(
       f'`update` was given {reserved[0]!r}, an argument that a metric gets from the'
       ' transformation itself. Give the radius when you make the method, as a schedule'
       ' if it changes: `msam(rho=schedule)`; and other arguments another name.'
     )
+
+
+def _check_gradients(grads, params, extra_args):
+  if jax.tree.leaves(params) and not jax.tree.leaves(grads, is_leaf=_is_none):
+    raise ValueError(
+      f'`update` was given no gradients, but an empty {type(grads).__name__}. To have'
+      ' it take both gradients, give None: `tx.update(None, state, params,'
+      ' value_and_grad_fn=f)`. An nnx.Optimizer makes this of None, and what a pass'
+      ' changes about a model (BatchNorm statistics, random counters) would be lost:'
+      ' give it the gradients of `flax_nnx.value_and_grad(..., compile_once=True)`.'
+    )
+  what = 'The gradients given to `update` must be like the params'
+  expected = _masks.leave_out(params, _masks.has_leaf(grads, params))
+  _checks.check_like(
+    grads, expected, what=_checks.pair_hint(grads, params) + what, dtypes=False
+  )
+  _checks.check_first(grads, extra_args.get('grad'))
 
 
 def _rise(value, probe_value):
@@ -345,6 +415,7 @@ def _scalars(probes, value, state, average):
   recorded = {
     'slope': probes.slope,
     'radius': probes.radius,
+    'loss': value,
     'probe_value': probes.value,
     'rise': _rise(value, probes.value),
   }

@@ -235,3 +235,20 @@ def test_statistics_that_cannot_be_reestimated_are_refused():
     reestimate_batch_stats(lambda stats, x: stats, {'norm': jnp.zeros(2)}, [X])
   with pytest.raises(ValueError, match=r'`forward` must return the new statistics'):
     reestimate_batch_stats(lambda stats, x: {'batch_stats': stats}, stats, [X])
+
+
+@pytest.mark.standard_promotion
+def test_without_a_gradient_it_takes_both():
+  params, tx = {'w': jnp.array([0.3, 0.4])}, msam(rho=0.5, alpha=0.0)
+  tx = optax.chain(tx, optax.sgd(1.0))
+  state = TrainState.create(apply_fn=None, params=params, tx=tx)
+  f = jax.value_and_grad(lambda p: jnp.sum(p['w'] ** 2) / 2)
+  step = jax.jit(lambda state: state.apply_gradients(value_and_grad_fn=f))
+  new = step(state)
+  # The gradient at the probe, w + w, is 2w.
+  np.testing.assert_allclose(new.params['w'], -params['w'], rtol=1e-6)
+  np.testing.assert_allclose(optax.tree.get(new.opt_state, 'loss'), 0.125, rtol=1e-6)
+  assert new.step == 1
+  fp8 = {'params': params, '_overwrite_with_gradient': {}}
+  with pytest.raises(ValueError, match='which the clean pass overwrites'):
+    state.replace(params=fp8).apply_gradients(value_and_grad_fn=f)

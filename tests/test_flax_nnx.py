@@ -817,3 +817,11 @@ def test_models_that_cannot_be_evaluated_are_refused():
   optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
   with pytest.raises(ValueError, match='no state of `lagged`'):
     flax_nnx.eval_model(optimizer, model)
+
+
+def test_an_optimizer_without_gradients_points_to_the_drop_in():
+  model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, msam(), wrt=nnx.Param)
+  f = flax_nnx.value_and_grad_fn(lambda model: model(jnp.ones(2)).sum(), model)
+  with pytest.raises(ValueError, match=r'flax_nnx\.value_and_grad\(\.\.\., compile_'):
+    optimizer.update(model, None, value_and_grad_fn=f)

@@ -74,6 +74,23 @@ def chain_msam(loss) -> Step:
   )
 
 
+def chain_both_passes(loss) -> Step:
+  """The same chain, which takes both gradients itself, in one loop.
+
+  It is not among ``STEPS``, as the drop-in that is compiled once is not.
+  """
+  tx = optax.chain(msam_optax.msam(RHO), optax.adam(RATE))
+
+  def run(carry, batch):
+    params, opt_state = carry
+    f = lambda w: jax.value_and_grad(loss)(w, batch)
+    updates, opt_state = tx.update(None, opt_state, params, value_and_grad_fn=f)
+    carry = optax.apply_updates(params, updates), opt_state
+    return carry, optax.tree.get(opt_state, 'loss')
+
+  return Step(tx, run)
+
+
 def drop_in(loss) -> Step:
   """``msam_optax.value_and_grad`` instead of ``jax.value_and_grad``."""
   return step(optax.adam(RATE), msam_optax.value_and_grad(loss, rho=RHO))
@@ -97,6 +114,7 @@ def one_gradient(loss, tx) -> Step:
 HAND = 'two gradients, by hand'
 OPAQUE = 'contrib.sam, opaque'
 CHAIN = 'chain(msam, adam)'
+BOTH_PASSES = 'chain(msam, adam), both passes'
 DROP_IN = 'drop-in value_and_grad'
 
 STEPS = {

@@ -10,7 +10,6 @@ hardly ever runs. Bytes are those of the program without it.
 
 from collections.abc import Callable
 from collections.abc import Mapping
-import statistics
 import time
 from typing import Any
 from typing import NamedTuple

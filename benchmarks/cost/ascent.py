@@ -108,11 +108,12 @@ def usual_branch() -> Iterator[None]:
 
 
 def passes(run: Callable[[Any, Any], Any], leaves: int, size: int) -> float:
-  """Bytes accessed in the branch that runs, as a multiple of those of the parameters."""
+  """Bytes accessed in the branch that runs, as a multiple of the parameters' bytes."""
   arrays = [jax.ShapeDtypeStruct((size,), jnp.float32)] * leaves
   with usual_branch():
     # Another function than the one that is timed, so that it is traced again.
-    cost = jax.jit(lambda g, w: run(g, w)).lower(arrays, arrays).compile().cost_analysis()
+    compiled = jax.jit(lambda g, w: run(g, w)).lower(arrays, arrays).compile()
+  cost = compiled.cost_analysis()
   if cost is None:
     raise RuntimeError('This backend of JAX does not tell what a program costs.')
   return cost['bytes accessed'] / (4 * leaves * size)

@@ -83,6 +83,7 @@ METHODS: dict[str, Callable[..., cost_steps.Step]] = {
   'adam': adam,
   cost_steps.OPAQUE: lambda f, mesh: cost_steps.contrib_sam_opaque(f),
   cost_steps.CHAIN: lambda f, mesh: cost_steps.chain_msam(f),
+  cost_steps.BOTH_PASSES: lambda f, mesh: cost_steps.chain_both_passes(f),
   cost_steps.DROP_IN: lambda f, mesh: cost_steps.drop_in(f),
   ONCE: lambda f, mesh: cost_steps.drop_in_compile_once(f),
   OWN: own_ascent,
