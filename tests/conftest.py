@@ -2,12 +2,32 @@
 
 Promotion of dtypes and ranks hides most mistakes that give a wrong number without
 an error, so both raise here.
+
+Most of the time goes into compiling programs that run once, so the CPU's are compiled
+in a hurry: without LLVM's optimizations and, where JAX still has them, without the slow
+fusion emitters. Tracing, differentiation and the partitioning over devices stay as they
+are. Whoever sets ``XLA_FLAGS``, if only to nothing, has programs compiled as users do.
 """
+
+import os
 
 import jax
 import pytest
 
+IN_A_HURRY = 'XLA_FLAGS' not in os.environ
+# XLA ends the process on a flag that it does not know, as newer ones do not know this
+# one: they always use the emitters.
+if IN_A_HURRY and jax.__version_info__ < (0, 11):
+  os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false'
+
 jax.config.update('jax_num_cpu_devices', 8)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def hasty_compiler():
+  """A GPU's programs are compiled as ever: its run is about what users get."""
+  if IN_A_HURRY and jax.default_backend() == 'cpu':
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(autouse=True, scope='session')
