@@ -142,6 +142,22 @@ def unless(
   return jax.lax.cond(usual, lambda: values, lambda: vary(otherwise()))
 
 
+def barrier(tree: Any) -> Any:
+  """``optimization_barrier``, one for all leaves that vary along the same manual axes.
+
+  JAX has one barrier make all that goes through it vary along the axes of all.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  groups: dict[frozenset[str], list[int]] = {}
+  for i, x in enumerate(leaves):
+    groups.setdefault(varying_axes(x), []).append(i)
+  for rows in groups.values():
+    kept = jax.lax.optimization_barrier([leaves[i] for i in rows])
+    for i, x in zip(rows, kept, strict=True):
+      leaves[i] = x
+  return structure.unflatten(leaves)
+
+
 def maxima(parts: Sequence[jax.Array], axes: Sequence[Axes]) -> list[jax.Array]:
   """One number a leaf, each the largest over the axes of its leaf."""
   largest = list(parts)

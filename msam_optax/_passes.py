@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 import operator
 from typing import Any
 from typing import NamedTuple
@@ -57,8 +58,9 @@ class Probes(NamedTuple):
     radius: scalar, the distance of the first probe from the parameters, or None.
     value: scalar, the loss at the first probe, or None.
     metric_state: the metric's next state.
-    marks: a scalar for each leaf of ``grads``, NaN where the step to the probe was not
-      finite, and 0 elsewhere; none if the gradients are marked.
+    marks: trees of a scalar for each leaf of ``grads``, NaN where the step to the probe
+      was not finite, and 0 elsewhere.
+    unmarked: the gradients without the marks; none if they are not marked.
   """
 
   grads: tuple[Any, ...]
@@ -67,6 +69,7 @@ class Probes(NamedTuple):
   value: Any
   metric_state: Any
   marks: tuple[Any, ...] = ()
+  unmarked: tuple[Any, ...] = ()
 
 
 def init_metric(setting: Setting, params: Any) -> Any:
@@ -189,16 +192,15 @@ def at_probes(
     _devices.check_probe(probe, w, g)
     marks = perturbation.unsound(g, ascent, radius, **where)
     # Else XLA makes the probe anew at each use, and keeps the clean gradient for it.
-    probe, radius, marks = jax.lax.optimization_barrier((probe, radius, marks))
+    probe, radius, marks = _devices.barrier((probe, radius, marks))
     value, grads = probe_gradient(probe)
     return grads, radius, value, marks
 
   scales = setting.combination.scales if scales is None else scales
   probes = (at_scale(scale) for scale in scales)
   grads, radii, values, marks = zip(*probes, strict=True)
-  if marked:
-    grads, marks = perturbation.mark(grads, marks), ()
-  return Probes(grads, ascent.slope, radii[0], values[0], metric_state, marks)
+  grads, unmarked = (perturbation.mark(grads, marks), grads) if marked else (grads, ())
+  return Probes(grads, ascent.slope, radii[0], values[0], metric_state, marks, unmarked)
 
 
 def is_due(begin: Start, state: Any, space: spaces.Space, setting: Setting) -> Any:
@@ -260,9 +262,28 @@ def combine(
       return old
     if isinstance(new, _masks.Complex):
       new = jax.lax.complex(*(_numerics.widen(x) for x in new))
-    return jnp.asarray(new).astype(jnp.result_type(old))
+    # The very array, if nothing is to be done, for :func:`is_finite`.
+    same = jnp.result_type(new) == jnp.result_type(old)
+    return new if same else jnp.asarray(new).astype(jnp.result_type(old))
 
   return jax.tree.map(of_leaf, has_gradient, update, like), state
+
+
+def is_finite(update: Any, probes: Probes, param_specs: Any) -> jax.Array:
+  """Whether an update is finite, on all devices that have a part of it.
+
+  Where it is the gradient at a probe, that is read as it came from its pass, since XLA
+  on a CPU would store it with the marks first.
+  """
+  pairs = zip(
+    jax.tree.leaves(probes.grads), jax.tree.leaves(probes.unmarked), strict=False
+  )
+  unmarked = {id(marked): g for marked, g in pairs}
+  leaves, structure = jax.tree.flatten(update)
+  checked = structure.unflatten([unmarked.get(id(x), x) for x in leaves])
+  marks = [x for x in jax.tree.leaves(probes.marks) if unmarked]
+  sound = functools.reduce(operator.and_, map(jnp.isfinite, marks), jnp.array(True))
+  return spaces.all_finite(checked, param_specs) & sound
 
 
 def _length(x):

@@ -197,9 +197,25 @@ def all_finite(tree: Any, param_specs: Any = None) -> jax.Array:
   Returns:
     bool scalar.
   """
-  axes = _devices.leaf_axes(param_specs, tree)
-  bad = _devices.maxima([has_non_finite(x) for x in jax.tree.leaves(tree)], axes)
-  return functools.reduce(jnp.maximum, bad, jnp.zeros([])) == 0
+  leaves = [
+    jax.lax.stop_gradient(part)
+    for x in jax.tree.leaves(tree)
+    if _numerics.is_inexact(x)
+    for part in ([jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x])
+  ]
+  # A sum that is finite has no part that is not; only if it is none, it is looked for.
+  # Of squares, since of the sums of which gradients consist XLA would make longer ones.
+  zero = jnp.zeros([], _numerics.wide_dtype(leaves))
+  sums = [_numerics.widen(sum_of_squares(x), like=zero) for x in leaves]
+  usual = jnp.isfinite(sum(sums, zero))
+  (bad,) = _devices.unless(
+    usual,
+    [jnp.where(usual, 0.0, 1.0)],
+    lambda: [functools.reduce(jnp.maximum, map(has_non_finite, leaves), jnp.zeros([]))],
+  )
+  names = {name for axes in _devices.leaf_axes(param_specs, tree) for name in axes}
+  (bad,) = _devices.maxima([bad], [tuple(sorted(names))])
+  return bad == 0
 
 
 @jax.jit
@@ -207,9 +223,19 @@ def has_non_finite(x: jax.Array) -> jax.Array:
   """1 if an array has an entry that is not finite, or 0: for a maximum over devices."""
   if not _numerics.is_inexact(x):
     return jnp.zeros([])
-  # A sum that is finite has no part that is not, and this one is never too large.
-  total = jnp.sum(jax.lax.stop_gradient(x) * 2.0**-64)
-  return jnp.where(jnp.isfinite(total), 0.0, 1.0)
+  # Never too large. Two sums in one, since XLA on a CPU would write what goes into one.
+  x = jax.lax.stop_gradient(x) * 2.0**-64
+  parts = (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x, x)
+  sums = _sums(parts)
+  return jnp.where(jnp.isfinite(sums[0]) & jnp.isfinite(sums[1]), 0.0, 1.0)
+
+
+def _sums(arrays):
+  """The sum of each of some arrays of one shape, in one pass over all."""
+  first = arrays[0]
+  add = lambda a, b: tuple(map(jnp.add, a, b))
+  zeros = (jnp.zeros([], first.dtype),) * len(arrays)
+  return jax.lax.reduce(tuple(arrays), zeros, add, range(first.ndim))
 
 
 def _length(tree, make, param_specs):
@@ -300,9 +326,7 @@ def _sums_of_squares(x, scales):
     # and they overflow.
     return jnp.square(jnp.where(y == 0, 0.0, y))
 
-  add = lambda a, b: tuple(map(jnp.add, a, b))
-  zeros = (jnp.zeros([], x.dtype),) * len(scales)
-  return jax.lax.reduce(tuple(map(square, scales)), zeros, add, range(x.ndim))
+  return _sums([square(scale) for scale in scales])
 
 
 # Each device has all of every leaf, and there are no replicas.
