@@ -191,8 +191,10 @@ def at_probes(
       radius = jnp.where(unperturbed, 0.0, radius)
     _devices.check_probe(probe, w, g)
     marks = perturbation.unsound(g, ascent, radius, **where)
-    # Else XLA makes the probe anew at each use, and keeps the clean gradient for it.
-    probe, radius, marks = _devices.barrier((probe, radius, marks))
+    if unperturbed is None:
+      # Else XLA makes the probe anew at each use, and keeps the clean gradient for it. A
+      # loop has room for that in any case, and holds more with the barrier.
+      probe, radius, marks = _devices.barrier((probe, radius, marks))
     value, grads = probe_gradient(probe)
     return grads, radius, value, marks
 

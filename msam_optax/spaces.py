@@ -247,7 +247,9 @@ def _length(tree, make, param_specs):
   def leaves(tree):
     return [_numerics.widen(x, like=zero) for x in jax.tree.leaves(make(tree))]
 
-  return _length_of(leaves, axes, tree)
+  scale, root = _length_of(leaves, axes, tree)
+  # The derivative of its reciprocal would be zero times infinity.
+  return jax.lax.stop_gradient(scale), root
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -473,10 +473,11 @@ def test_the_radius_and_the_gradient_reach_the_metric_of_the_drop_in(once):
   value_and_grad_fn(NET)
   jax.effects_barrier()
 
+  # In the turn at the params the metric has nothing to ask, and gets zeros.
   assert len(seen) == 1 + once
-  for rho, *there in seen:
-    np.testing.assert_allclose(rho, RHO, rtol=1e-6)
-    assert_there(there, NET)
+  rho, *there = seen[-1]
+  np.testing.assert_allclose(rho, RHO, rtol=1e-6)
+  assert_there(there, NET)
 
 
 @pytest.mark.slow
