@@ -192,8 +192,8 @@ def at_probes(
     _devices.check_probe(probe, w, g)
     marks = perturbation.unsound(g, ascent, radius, **where)
     if unperturbed is None:
-      # Else XLA makes the probe anew at each use, and keeps the clean gradient for it. A
-      # loop has room for that in any case, and holds more with the barrier.
+      # Else XLA makes the probe anew at each use, and keeps the clean gradient for it.
+      # A loop has room for that in any case, and holds more with the barrier.
       probe, radius, marks = _devices.barrier((probe, radius, marks))
     value, grads = probe_gradient(probe)
     return grads, radius, value, marks

@@ -1,6 +1,7 @@
 """A transformation that is given no gradient: it takes both, in one loop."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -323,7 +324,7 @@ def test_an_infinite_radius_is_not_seen_by_the_clean_pass():
   tx = msam_optax.msam(rho=np.inf, max_rise=2.0)
   f = jax.value_and_grad(quadratic)
   updates, state = both_passes(tx, tx.init(w), w, f)
-  expected, _ = tx.update(w, tx.init(w), w, value_and_grad_fn=f)
+  expected: Any = tx.update(w, tx.init(w), w, value_and_grad_fn=f)[0]
   np.testing.assert_allclose(updates, expected, rtol=1e-6)
   np.testing.assert_allclose(state.loss, 12.5, rtol=1e-6)
 
@@ -409,10 +410,8 @@ def test_a_state_of_each_replica_and_parameters_in_parts():
   def replica(w, x):
     w = as_varying(w, 'i')
     f = lambda w: jax.value_and_grad(lambda w: jnp.sum(w**2) * x[0] / 2)(w)
-    state = tx.init(w)
-    for _ in range(2):
-      updates, state = tx.update(None, state, w, value_and_grad_fn=f)
-    return updates
+    _, state = tx.update(None, tx.init(w), w, value_and_grad_fn=f)
+    return tx.update(None, state, w, value_and_grad_fn=f)[0]
 
   specs = P('j'), P('i')
   run = jax.shard_map(replica, mesh=mesh, in_specs=specs, out_specs=P('j'))
@@ -439,13 +438,14 @@ def test_wrappers_between():
     optax.contrib.schedule_free(optax.chain(sam, sgd), 1.0),
   ):
     updates, state = both_passes(tx, tx.init(w), w, f)
-    expected, _ = tx.update(w, tx.init(w), w, value_and_grad_fn=f)
+    expected: Any = tx.update(w, tx.init(w), w, value_and_grad_fn=f)[0]
     np.testing.assert_allclose(updates, expected, rtol=1e-5)
     np.testing.assert_allclose(optax.tree.get(state, 'loss'), 0.125, rtol=1e-6)
-  for tx in (
+  wrappers: list[Any] = [
     optax.MultiSteps(optax.chain(sam, sgd), 2),
     optax.apply_if_finite(optax.chain(sam, sgd), 3),
-  ):
+  ]
+  for tx in wrappers:
     with pytest.raises((TypeError, ValueError), match=r'structure|Expected None'):
       tx.update(None, tx.init(w), w, value_and_grad_fn=f)
 

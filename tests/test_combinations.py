@@ -1488,7 +1488,7 @@ def test_matrix_products_are_those_of_the_gradients(name, way):
 @cpu
 @pytest.mark.parametrize('shards', [None, 4], ids=['whole', 'micro-batches'])
 def test_one_loop_keeps_no_gradient_that_is_not_asked_for(shards):
-  """SAM needs the gradient at the probe alone: WSAM's program holds one more."""
+  """SAM needs the gradient at one probe alone: CR-SAM's program holds one more."""
   if jax.__version_info__ < (0, 8):
     pytest.skip('the compiler of older versions keeps what nothing uses')
   size = 1 << 16
@@ -1502,7 +1502,7 @@ def test_one_loop_keeps_no_gradient_that_is_not_asked_for(shards):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
   # One more, but for a few scalars.
-  assert temporaries('wsam') - temporaries('sam') >= 0.99 * 4 * size
+  assert temporaries('cr_sam') - temporaries('sam') >= 0.99 * 4 * size
 
 
 # ----- Properties -----------------------------------------------------------------

@@ -84,7 +84,8 @@ def chain_both_passes(loss) -> Step:
   def run(carry, batch):
     params, opt_state = carry
     f = lambda w: jax.value_and_grad(loss)(w, batch)
-    updates, opt_state = tx.update(None, opt_state, params, value_and_grad_fn=f)
+    no_gradient: Any = None  # Optax's types have no None.
+    updates, opt_state = tx.update(no_gradient, opt_state, params, value_and_grad_fn=f)
     carry = optax.apply_updates(params, updates), opt_state
     return carry, optax.tree.get(opt_state, 'loss')
 

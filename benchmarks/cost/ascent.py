@@ -45,7 +45,8 @@ def ascent_under(metric: metrics.Metric) -> Callable[[Any, Any], Any]:
     everywhere = jax.tree.map(lambda _: True, w)
     ascent, _ = metric.ascend(g, metric.init(w), w)
     probe = msam_optax.perturb(w, ascent, RHO)
-    radius = perturbation.distance(RHO, ascent, probe, w, mask=everywhere)
+    rho = jnp.asarray(RHO)
+    radius = perturbation.distance(rho, ascent, probe, w, mask=everywhere)
     marks = perturbation.unsound(g, ascent, radius, mask=everywhere)
     return probe, ascent.slope, radius, marks
 

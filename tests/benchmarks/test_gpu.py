@@ -131,9 +131,9 @@ def test_ascent_that_is_slightly_too_long_is_noticed(name):
   case = gpu_checks.cases()[name]
 
   def ascend(*args):
-    (direction, slope), state = case.metric.ascend(*args)
-    longer = jax.tree.map(lambda x: 1.0001 * x, direction)
-    return msam_optax.Ascent(longer, slope), state
+    ascent, state = case.metric.ascend(*args)
+    longer = jax.tree.map(lambda x: 1.0001 * x, ascent.direction)
+    return msam_optax.Ascent(longer, ascent.slope), state
 
   wrong = case._replace(metric=case.metric._replace(ascend=ascend))
   found = [*gpu_checks.check_ascent(wrong, 'float32')]
