@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import functools
 import operator
 from typing import Any
 from typing import NamedTuple
@@ -59,8 +58,7 @@ class Probes(NamedTuple):
     value: scalar, the loss at the first probe, or None.
     metric_state: the metric's next state.
     marks: trees of a scalar for each leaf of ``grads``, NaN where the step to the probe
-      was not finite, and 0 elsewhere.
-    unmarked: the gradients without the marks; none if they are not marked.
+      was not finite, and 0 elsewhere; none if the gradients are marked.
   """
 
   grads: tuple[Any, ...]
@@ -69,7 +67,6 @@ class Probes(NamedTuple):
   value: Any
   metric_state: Any
   marks: tuple[Any, ...] = ()
-  unmarked: tuple[Any, ...] = ()
 
 
 def init_metric(setting: Setting, params: Any) -> Any:
@@ -201,8 +198,9 @@ def at_probes(
   scales = setting.combination.scales if scales is None else scales
   probes = (at_scale(scale) for scale in scales)
   grads, radii, values, marks = zip(*probes, strict=True)
-  grads, unmarked = (perturbation.mark(grads, marks), grads) if marked else (grads, ())
-  return Probes(grads, ascent.slope, radii[0], values[0], metric_state, marks, unmarked)
+  if marked:
+    grads, marks = perturbation.mark(grads, marks), ()
+  return Probes(grads, ascent.slope, radii[0], values[0], metric_state, marks)
 
 
 def is_due(begin: Start, state: Any, space: spaces.Space, setting: Setting) -> Any:
@@ -264,28 +262,9 @@ def combine(
       return old
     if isinstance(new, _masks.Complex):
       new = jax.lax.complex(*(_numerics.widen(x) for x in new))
-    # The very array, if nothing is to be done, for :func:`is_finite`.
-    same = jnp.result_type(new) == jnp.result_type(old)
-    return new if same else jnp.asarray(new).astype(jnp.result_type(old))
+    return jnp.asarray(new).astype(jnp.result_type(old))
 
   return jax.tree.map(of_leaf, has_gradient, update, like), state
-
-
-def is_finite(update: Any, probes: Probes, param_specs: Any) -> jax.Array:
-  """Whether an update is finite, on all devices that have a part of it.
-
-  Where it is the gradient at a probe, that is read as it came from its pass, since XLA
-  on a CPU would store it with the marks first.
-  """
-  pairs = zip(
-    jax.tree.leaves(probes.grads), jax.tree.leaves(probes.unmarked), strict=False
-  )
-  unmarked = {id(marked): g for marked, g in pairs}
-  leaves, structure = jax.tree.flatten(update)
-  checked = structure.unflatten([unmarked.get(id(x), x) for x in leaves])
-  marks = [x for x in jax.tree.leaves(probes.marks) if unmarked]
-  sound = functools.reduce(operator.and_, map(jnp.isfinite, marks), jnp.array(True))
-  return spaces.all_finite(checked, param_specs) & sound
 
 
 def _length(x):

@@ -197,25 +197,9 @@ def all_finite(tree: Any, param_specs: Any = None) -> jax.Array:
   Returns:
     bool scalar.
   """
-  leaves = [
-    jax.lax.stop_gradient(part)
-    for x in jax.tree.leaves(tree)
-    if _numerics.is_inexact(x)
-    for part in ([jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x])
-  ]
-  # A sum that is finite has no part that is not; only if it is none, it is looked for.
-  # Of squares, since of the sums of which gradients consist XLA would make longer ones.
-  zero = jnp.zeros([], _numerics.wide_dtype(leaves))
-  sums = [_numerics.widen(sum_of_squares(x), like=zero) for x in leaves]
-  usual = jnp.isfinite(sum(sums, zero))
-  (bad,) = _devices.unless(
-    usual,
-    [jnp.where(usual, 0.0, 1.0)],
-    lambda: [functools.reduce(jnp.maximum, map(has_non_finite, leaves), jnp.zeros([]))],
-  )
-  names = {name for axes in _devices.leaf_axes(param_specs, tree) for name in axes}
-  (bad,) = _devices.maxima([bad], [tuple(sorted(names))])
-  return bad == 0
+  axes = _devices.leaf_axes(param_specs, tree)
+  bad = _devices.maxima([has_non_finite(x) for x in jax.tree.leaves(tree)], axes)
+  return functools.reduce(jnp.maximum, bad, jnp.zeros([])) == 0
 
 
 @jax.jit
@@ -223,7 +207,8 @@ def has_non_finite(x: jax.Array) -> jax.Array:
   """1 if an array has an entry that is not finite, or 0: for a maximum over devices."""
   if not _numerics.is_inexact(x):
     return jnp.zeros([])
-  # Never too large. Two sums in one, since XLA on a CPU would write what goes into one.
+  # A sum that is finite has no part that is not, and this one is never too large. It is
+  # two sums in one, since XLA on a CPU would store what goes into a single one.
   x = jax.lax.stop_gradient(x) * 2.0**-64
   parts = (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x, x)
   sums = _sums(parts)

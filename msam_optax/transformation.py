@@ -261,7 +261,6 @@ def sharpness_aware(
         params=params,
       )
       scalars = _scalars(probes, value, state, average)
-      scalars['finite'] = _passes.is_finite(new_updates, probes, param_specs)
       return new_updates, combination_state, probes.metric_state, scalars
 
     def with_probes():
@@ -291,6 +290,7 @@ def sharpness_aware(
     new_updates, combination_state, metric_state, scalars = results
     new_state = SharpnessAwareState(
       count=optax.safe_increment(state.count),
+      finite=spaces.all_finite(new_updates, param_specs),
       metric_state=metric_state,
       combination_state=combination_state,
       **scalars,
