@@ -42,9 +42,10 @@ class SharpnessAwareState(NamedTuple):
   Attributes:
     count: int32, the steps so far: calls of ``update``.
     slope: the metric's slope ``√(gᵀG⁻¹g)``, so ``ρ · slope`` is the predicted rise.
-    radius: ``‖δ‖₂`` as really used, after mask, schedule and rounding: zero in
-      bfloat16 says that the perturbation was lost. Of the first probe, as are the next
-      two: of ``scales[0] · δ`` where a combination has other scales than 1.
+    radius: ``‖δ‖₂`` as really used, after mask and schedule; in bfloat16 and float16
+      after rounding as well, so that zero says that the perturbation was lost. Of the
+      first probe, as are the next two: of ``scales[0] · δ`` where a combination has
+      other scales than 1.
     loss: ``ℓ(w)``; recorded if ``update`` takes it itself, or is given ``value``. (A
       name that no parameter has, as ``value`` is one of attention.)
     probe_value: ``ℓ(w+δ)``; recorded if ``value_and_grad_fn`` is given.

@@ -3,12 +3,14 @@
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
 
 import msam_optax
 from msam_optax import landscape
+from msam_optax import spaces
 
 
 def running_mean(*, averaged):
@@ -152,3 +154,59 @@ def test_the_norm_of_a_constant_of_a_program_is_right(scale):
   unit, norm = jax.jit(lambda: msam_optax.LOCAL.normalize(g))()
   np.testing.assert_allclose(norm, 5.0 * scale, rtol=1e-6)
   np.testing.assert_allclose(unit, [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize('mapped', [False, True], ids=['one', 'vmap'])
+def test_the_norm_is_right_at_every_magnitude(mapped):
+  """Also where some squares over- or underflow, and others do not."""
+  entries = np.random.default_rng(0).normal(size=64) * 10.0 ** np.linspace(-6, 0, 64)
+  scales = 10.0 ** np.arange(-30, 37)
+  rows = np.float32(scales[:, None] * entries)
+  normalize = jax.jit(msam_optax.LOCAL.normalize)
+  one_by_one = lambda rows: jax.tree.map(
+    lambda *xs: np.stack(xs), *[normalize(row) for row in rows]
+  )
+  units, norms = (jax.vmap(normalize) if mapped else one_by_one)(rows)
+
+  exact = np.linalg.norm(np.float64(rows), axis=1)
+  np.testing.assert_allclose(norms, exact, rtol=1e-6)
+  np.testing.assert_allclose(units, rows / exact[:, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'parts', [(0.0, 1e-30), (1e-30, 1e30), (1.0, 1e30), (0.0, 1.0)]
+)
+def test_the_norm_of_parts_of_any_magnitudes(parts):
+  """One leaf in two parts, and one that is on both devices, of the first magnitude."""
+  small, large = parts
+  space = spaces.over(None, {'cut': P('i'), 'whole': P()})
+  whole = np.array([2 * small], np.float32)
+  cut = np.array([[3 * small], [4 * large]], np.float32)
+
+  def normalize(part):
+    return space.normalize({'cut': part, 'whole': jnp.asarray(whole)})
+
+  units, norms = jax.jit(jax.vmap(normalize, axis_name='i'))(cut)
+  exact = np.linalg.norm(np.float64([*cut.ravel(), *whole.ravel()]))
+  np.testing.assert_allclose(norms, [exact] * 2, rtol=1e-6)
+  np.testing.assert_allclose(units['cut'], cut / exact, rtol=1e-6, atol=1e-37)
+  np.testing.assert_allclose(units['whole'], [whole / exact] * 2, rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize('n', [1e-15, 1.0, 1e15])
+def test_the_second_derivative_of_the_norm(n):
+  """``(I − uuᵀ)/n``, on both sides of what a plain sum of squares can hold."""
+  u = np.array([0.6, -0.8])
+  norm = lambda g: msam_optax.LOCAL.normalize(g)[1]
+  hessian = jax.jit(jax.hessian(norm))(jnp.asarray(n * u, jnp.float32))
+  np.testing.assert_allclose(n * hessian, np.eye(2) - np.outer(u, u), rtol=1e-5)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float16, jnp.complex64])
+def test_one_entry_that_is_not_finite_is_found(bad, dtype):
+  all_finite = jax.jit(spaces.all_finite)
+  largest = float(jnp.finfo(dtype).max) / 2
+  tree = {'a': jnp.full(3, largest, dtype), 'b': jnp.zeros((2, 2)), 'c': jnp.arange(2)}
+  assert all_finite(tree)
+  assert not all_finite({**tree, 'a': tree['a'].at[1].set(bad)})

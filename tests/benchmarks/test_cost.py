@@ -11,6 +11,7 @@ import pytest
 from benchmarks.common import networks
 from benchmarks.common import steps
 from benchmarks.cost import __main__ as cost
+from benchmarks.cost import ascent
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -29,6 +30,30 @@ def assert_bars_hold(problem, names):
 @pytest.mark.parametrize('name', cost.PROBLEMS)
 def test_a_step_of_the_benchmark_costs_what_two_gradients_cost(name):
   assert_bars_hold(cost.PROBLEMS[name](), NAMES)
+
+
+# Of adaptive() the radius is measured, from the probe and the parameters.
+@pytest.mark.parametrize(
+  ('name', 'most'),
+  [
+    ('euclidean', 1.01),
+    ('monge', 1.01),
+    ('adaptive', 1.3),
+    ('monge over adaptive', 1.3),
+  ],
+)
+def test_the_ascent_alone_reads_and_writes_what_it_does_by_hand(name, most):
+  compared = ascent.ASCENTS[name]
+  ours, by_hand = (ascent.passes(run, 2, 1 << 20) for run in compared)
+  assert ours <= most * by_hand
+
+
+@pytest.mark.parametrize('name', ascent.ASCENTS)
+def test_the_ascents_that_are_compared_have_the_same_probe(name):
+  compared = ascent.ASCENTS[name]
+  g, w = [jnp.array([3.0, -4.0])], [jnp.array([0.5, 2.0])]
+  probe, *_ = compared.ours(g, w)
+  np.testing.assert_allclose(probe, compared.by_hand(g, w), rtol=1e-6)
 
 
 def test_a_bar_notices_what_exceeds_it():
