@@ -48,9 +48,9 @@ NOTE = (
   ' to optax.contrib.sam in opaque mode; state is what the optimizer carries beyond'
   ' Adam alone. contrib.sam is plain SAM, and in transparent mode a step of training is'
   ' two calls: its FLOPs, bytes and time are the sum of both. Parameters and optimizer'
-  ' state are donated. Times are medians of interleaved rounds; to compile includes to trace.'
-  ' The ascent alone is over 100 million float32 numbers in 25 arrays; a pass reads or'
-  ' writes as many bytes as they have.'
+  ' state are donated. Times are medians of interleaved rounds; compiling includes'
+  ' tracing. The ascent alone is over 100 million float32 numbers in 25 arrays; a pass'
+  ' reads or writes as many bytes as they have.'
 )
 
 
