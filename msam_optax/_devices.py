@@ -111,18 +111,21 @@ def unless(
   usual: jax.Array,
   values: Sequence[jax.Array],
   otherwise: Callable[[], Sequence[jax.Array]],
+  reads: Any,
 ) -> list[jax.Array]:
   """``values`` as they are where a condition holds, and ``otherwise()`` where not.
 
-  Only one of both is computed, except under ``vmap``. Nothing is computed of the values
-  in the branch itself, since XLA makes a selection of a short conditional on a GPU, and
-  so computes both branches, unless one of them is empty.
+  Only one of both is computed, except under ``vmap``, and where shardings are a part of
+  types, since JAX cannot map conditionals over such arrays there. The branch of the
+  values computes nothing: on a GPU XLA makes a selection of a short conditional, and so
+  computes both branches, unless one is empty.
 
   Args:
     usual: bool scalar.
     values: arrays.
     otherwise: returns others like them, and sends no messages: the condition may hold
       on some devices only.
+    reads: pytree of the arrays that it reads.
 
   Returns:
     Arrays like ``values``, which vary along all axes that one of both varies along.
@@ -139,6 +142,9 @@ def unless(
     as_varying(x, a - varying_axes(x)) for x, a in zip(xs, axes, strict=True)
   ]
   values = vary(values)
+  if any(explicit_sharding(x) is not None for x in jax.tree.leaves(reads)):
+    pairs = zip(values, vary(otherwise()), strict=True)
+    return [jnp.where(usual, x, y) for x, y in pairs]
   return jax.lax.cond(usual, lambda: values, lambda: vary(otherwise()))
 
 

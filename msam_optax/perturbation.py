@@ -1,5 +1,7 @@
 """The probe: the parameters, moved uphill by the radius."""
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -150,7 +152,7 @@ def unsound(
   else:
     nothing = [jnp.where(finite, 0.0, 1.0)] * len(seen)
     flags = _devices.unless(
-      finite, nothing, lambda: [spaces.has_non_finite(g) for g in seen]
+      finite, nothing, lambda: [spaces.has_non_finite(g) for g in seen], seen
     )
   rest = iter(flags)
   bad = [
@@ -161,7 +163,12 @@ def unsound(
   moved = jnp.isfinite(radius)
   zero_if = lambda sound: _numerics.zero_if(sound, jnp.float32)
   # They end with a root, so that XLA does not compute them once more for each leaf.
-  if_good, if_bad = jnp.sqrt(zero_if(moved)), jnp.sqrt(zero_if(moved & finite))
+  # There is a NaN only if a leaf needs it: one is looked for in healthy steps.
+  all_good = functools.reduce(operator.and_, [x == 0 for x in bad], moved)
+  if_good, if_bad = (
+    jnp.sqrt(zero_if(moved)),
+    jnp.sqrt(zero_if(all_good | finite & moved)),
+  )
   marks = [
     jnp.where(x == 0, if_good, if_bad) if chosen else zero_if((x == 0) & moved)
     for x, chosen in zip(bad, is_seen, strict=True)

@@ -265,7 +265,7 @@ def _length_of(make, axes, tree):
   smallest = max(size, 1) * float(finfo.tiny) / float(finfo.eps)
   # The same on all devices that have a part of the same leaf.
   usual = (square >= smallest) & jnp.isfinite(square)
-  parts = _devices.unless(usual, plain * len(scales), scaled)
+  parts = _devices.unless(usual, plain * len(scales), scaled, leaves)
   count = len(plain)
   small, square, large = (
     _devices.across(parts[i * count : (i + 1) * count], axes)

@@ -81,7 +81,9 @@ def drop_in(loss_fn=squares, method=METHOD, **options):
 
 
 def assert_close(got, want, rtol=1e-5):
-  chex.assert_trees_all_close(got, jax.tree.map(np.float32, want), rtol=rtol)
+  # One entry is the difference of numbers that are a hundred times as large.
+  want = jax.tree.map(np.float32, want)
+  chex.assert_trees_all_close(got, want, rtol=rtol, atol=3e-7)
 
 
 @passes

@@ -297,7 +297,7 @@ def test_samples_are_gradients_on_a_sphere_around():
   step = jax.jit(lambda s: metric.ascend(quadratic(w), s, w, grad_fn=grad_fn))
   state = metric.init(w)
   for count in (1, 2):
-    (direction, slope), state = step(state)
+    (direction, slope, _), state = step(state)
     jax.effects_barrier()
     points = np.stack(seen)
     seen.clear()

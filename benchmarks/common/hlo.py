@@ -210,10 +210,17 @@ def _execute(computations, name, times, counted, fused):
     inner = list(called.values())
     if branches := _BRANCHES.search(op.rest):
       inner += [x.strip().lstrip('%') for x in branches[1].split(',')]
+    if op.opcode == 'conditional':
+      inner = [x for x in inner if _has_nothing_to_do(computations[x])] or inner
     for target in inner:
       if op.opcode not in ('call', 'conditional') or name in fused:
         fused.add(target)
       _execute(computations, target, times, counted, fused)
+
+
+def _has_nothing_to_do(ops):
+  """Whether a branch hands on what it gets: the other one hardly ever runs."""
+  return all(op.opcode in _FREE or op.opcode.startswith('copy') for op in ops.values())
 
 
 def _trips(computations, called):

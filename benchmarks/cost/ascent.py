@@ -104,7 +104,7 @@ def usual_branch() -> Iterator[None]:
   XLA counts a conditional as the larger of its branches. The other one is for norms
   whose square is no number, and for steps that are not finite.
   """
-  with mock.patch.object(_devices, 'unless', lambda usual, values, _: list(values)):
+  with mock.patch.object(_devices, 'unless', lambda usual, values, *_: list(values)):
     yield
 
 

@@ -116,7 +116,7 @@ def check_ascent(case: Case, dtype: str) -> Iterator[Check]:
 
   for scale in SCALES:
     g = cast({k: scale * x for k, x in draw.items()}, dtype)
-    (direction, slope), probe = ascend(g, w)
+    (direction, slope, _), probe = ascend(g, w)
     true = gpu_truth.ascent(case.inverse, case.alpha, g, w)
     moved = {k: gpu_truth.wide(w)[k] + RHO * true.direction[k] for k in w}
     tolerance = ASCENT_TOLERANCE[dtype]

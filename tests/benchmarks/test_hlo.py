@@ -127,6 +127,27 @@ ENTRY %main (a: f32[4,8], c: pred[]) -> f32[4,4] {
     assert hlo.matrix_flops(program) == 2 * (2 * 4 * 4 * 8)
 
 
+def test_a_branch_is_left_out_beside_one_that_has_nothing_to_do():
+  text = """
+%nothing (p: f32[4,8]) -> f32[4,8] {
+  ROOT %p = f32[4,8]{1,0} parameter(0)
+}
+
+%rare (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %d = f32[4,4]{1,0} dot(%p, %p), lhs_contracting_dims={1}
+  ROOT %e = f32[4,8]{1,0} dot(%d, %p), lhs_contracting_dims={1}
+}
+
+ENTRY %main (a: f32[4,8], c: pred[]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %c = pred[] parameter(1)
+  ROOT %r = f32[4,8]{1,0} conditional(%c, %a, %a), branch_computations={%rare, %nothing}
+}
+"""
+  assert hlo.matrix_flops(hlo.read(text)) == 0
+
+
 def test_bytes_at_the_boundaries_of_fusions():
   array, weights, gathered = 4 * 8 * 4, 8 * 8 * 4, 16 * 8 * 4
   inside = (2 * array + weights) + 2 * array + 3 * 4 + (4 + 4 + 1)
