@@ -226,11 +226,12 @@ def _sums(arrays):
 def _length(tree, make, param_specs):
   """Two factors of the Euclidean norm, of which one is a power of two, and the norm."""
   made = jax.eval_shape(make, tree)
-  zero = jnp.zeros([], _numerics.wide_dtype(made))
+  # No array: JAX keeps this function, and so would a tracer be kept.
+  dtype = _numerics.wide_dtype(made)
   axes = tuple(_devices.leaf_axes(param_specs, made))
 
   def leaves(tree):
-    return [_numerics.widen(x, like=zero) for x in jax.tree.leaves(make(tree))]
+    return [jnp.asarray(x, dtype) for x in jax.tree.leaves(make(tree))]
 
   return _differentiable(leaves, axes, tree)
 
