@@ -156,14 +156,14 @@ def normalize(
     where the norm is zero or not finite.
   """
   made = make(tree)
-  scale, root = _length(tree, make, param_specs)
-  usable = (root > 0) & jnp.isfinite(scale * root)
+  scale, root, length = _length(tree, make, param_specs)
+  usable = (root > 0) & jnp.isfinite(length)
   # Products, since XLA turns two divisions into one by what may be too large. And each
   # factor ends with a division, since XLA copies all that is cheaper into each leaf.
   first = 1.0 / scale
   second = jnp.where(usable, 1.0, 0.0) / jnp.where(usable, root, 1.0)
   unit = jax.tree.map(lambda x: _product(x, first, second), made)
-  return unit, jnp.where(usable, scale * root, 0.0)
+  return unit, jnp.where(usable, length, 0.0)
 
 
 @jax.jit
@@ -182,8 +182,8 @@ def norm(tree: Any, param_specs: Any = None) -> jax.Array:
   Returns:
     A scalar, float32 or wider, whose derivative is 0, not NaN, where the norm is.
   """
-  scale, root = _length(tree, lambda tree: tree, param_specs)
-  return scale * root
+  _, _, length = _length(tree, lambda tree: tree, param_specs)
+  return length
 
 
 def all_finite(tree: Any, param_specs: Any = None) -> jax.Array:
@@ -224,17 +224,22 @@ def _sums(arrays):
 
 
 def _length(tree, make, param_specs):
-  """The Euclidean norm as two factors, of which the first is a power of two."""
+  """Two factors of the Euclidean norm, of which one is a power of two, and the norm."""
   made = jax.eval_shape(make, tree)
-  zero = jnp.zeros([], _numerics.wide_dtype(made))
+  # No array: JAX keeps this function, and so would a tracer be kept.
+  dtype = _numerics.wide_dtype(made)
   axes = tuple(_devices.leaf_axes(param_specs, made))
 
   def leaves(tree):
-    return [_numerics.widen(x, like=zero) for x in jax.tree.leaves(make(tree))]
+    return [jnp.asarray(x, dtype) for x in jax.tree.leaves(make(tree))]
 
-  scale, root = _length_of(leaves, axes, tree)
+  return _differentiable(leaves, axes, tree)
+
+
+def _differentiable(make, axes, tree):
+  scale, root, length = _length_of(make, axes, tree)
   # The derivative of its reciprocal would be zero times infinity.
-  return jax.lax.stop_gradient(scale), root
+  return jax.lax.stop_gradient(scale), root, length
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -263,8 +268,10 @@ def _length_of(make, axes, tree):
   size = sum(x.size * _devices.count(a) for x, a in zip(leaves, axes, strict=True))
   # All squares that are too small for a number are together less than its rounding.
   smallest = max(size, 1) * float(finfo.tiny) / float(finfo.eps)
+  # The derivative of the reciprocal root has the reciprocal square in it.
+  largest = float(finfo.max) / 4
   # The same on all devices that have a part of the same leaf.
-  usual = (square >= smallest) & jnp.isfinite(square)
+  usual = (square >= smallest) & (square <= largest)
   parts = _devices.unless(usual, plain * len(scales), scaled, leaves)
   count = len(plain)
   small, square, large = (
@@ -272,30 +279,33 @@ def _length_of(make, axes, tree):
     for i in range(len(scales))
   )
   # Once more, since what a compiler makes of a plain square may be further from it.
-  chosen = jnp.where(jnp.isfinite(square), jnp.where(square < smallest, 0, 1), 2)
+  chosen = jnp.where(square <= largest, jnp.where(square < smallest, 0, 1), 2)
   pick = functools.partial(jax.lax.select_n, chosen)
   number = lambda *values: pick(*(jnp.full_like(square, x) for x in values))
   # It ends with a division, and the other with a root: otherwise XLA would compute them
   # once more for each leaf, in a program that grows with their number.
   scale = number(1.0, 1.0, reach) / number(reach, 1.0, 1.0)
-  return scale, jnp.sqrt(pick(small, square, large))
+  root = jnp.sqrt(pick(small, square, large))
+  return scale, root, scale * root
 
 
 @_length_of.defjvp
 def _(make, axes, primals, tangents):
   """By way of the unit vector, which neither over- nor underflows; 0 where it has none.
 
-  The scale has no derivative, since the norm does not depend on it.
+  The scale has no derivative, since the norm does not depend on it. That of the norm
+  is not by way of the root's, which under- or overflows where it does not.
   """
-  scale, root = _length_of(make, axes, *primals)
+  scale, root, length = _differentiable(make, axes, *primals)
   leaves, changes = jax.jvp(make, primals, tangents)
   inverse = jnp.where(root > 0, 1.0 / jnp.where(root > 0, root, 1.0), 0.0)
   along = [
     jnp.sum(x * (1.0 / scale) * inverse * dx)
     for x, dx in zip(leaves, changes, strict=True)
   ]
-  change = _devices.total(along, axes, jnp.zeros_like(root)) * (1.0 / scale)
-  return (scale, root), (jnp.zeros_like(scale), change)
+  change = _devices.total(along, axes, jnp.zeros_like(root))
+  changes = jnp.zeros_like(scale), change * (1.0 / scale), change
+  return (scale, root, length), changes
 
 
 @jax.jit
