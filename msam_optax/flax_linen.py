@@ -99,7 +99,8 @@ class TrainState(train_state.TrainState):
         )
     if isinstance(grads, Mapping) and _masks.OVERWRITTEN in grads:
       extra = _of_parameters(extra, self.params)
-    if grads is None and _masks.OVERWRITTEN in self.params:
+    params = self.params
+    if grads is None and isinstance(params, Mapping) and _masks.OVERWRITTEN in params:
       raise ValueError(
         f'The params hold {_masks.OVERWRITTEN!r}, which the clean pass overwrites: give'
         ' its result as `grads`, and `grad_fn` as well.'

@@ -66,8 +66,9 @@ def value_and_grad(
     perturbation_dtype: floating dtype of the probe, by default that of the params.
     compile_once: whether to run both passes as two iterations of one loop, see
       :func:`msam_optax.value_and_grad`. The auxiliary output then holds arrays only,
-      and the pass may change the values of variables, but not of those that are
-      trained (as ``nnx.SpectralNorm`` does), and nothing else about the model.
+      and the pass may change the values of variables, and nothing else about the
+      model. What it does to those that are trained, as ``nnx.SpectralNorm`` does, is
+      lost without an error.
 
   Returns:
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or

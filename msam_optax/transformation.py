@@ -369,7 +369,8 @@ def _check_params(params, extra_args):
   if params is None:
     raise ValueError(
       'A sharpness-aware transformation perturbs the parameters and needs them:'
-      ' `tx.update(grads, state, params, grad_fn=grad_fn)`.'
+      ' `tx.update(grads, state, params, grad_fn=grad_fn)`, or, if it is to take both'
+      ' gradients, `tx.update(None, state, params, value_and_grad_fn=f)`.'
     )
   _checks.check_unmasked(params)
   _checks.check_arrays(params)

@@ -473,6 +473,9 @@ def test_what_is_wrong_is_named():
     tx.update(None, state, w)
   with pytest.raises(ValueError, match='needs them'):
     tx.update(None, state, value_and_grad_fn=f)
+  forgotten: Any = tx.update  # None, the first argument.
+  with pytest.raises(ValueError, match=r'needs them.*`tx\.update\(None, state, params'):
+    forgotten(state, w, value_and_grad_fn=f)
   for tx in (
     msam_optax.lagged(optax.sgd(0.1)),
     msam_optax.momentum_sam(optax.sgd(0.1, momentum=0.9)),
