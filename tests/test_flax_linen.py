@@ -1,5 +1,7 @@
 """Flax Linen: a model with BatchNorm and Dropout, and Flax's own TrainState."""
 
+from typing import Any
+
 import chex
 from flax import linen as nn
 from flax import serialization
@@ -258,6 +260,6 @@ def test_without_a_gradient_params_may_be_one_array():
   """Which Flax's state takes, and in which no name can be looked up."""
   w, tx = jnp.array([0.3, 0.4]), optax.chain(msam(rho=0.5, alpha=0.0), optax.sgd(1.0))
   state = TrainState.create(apply_fn=None, params=w, tx=tx)
-  new = state.apply_gradients(value_and_grad_fn=lambda w: (0.0, w))
+  new: Any = state.apply_gradients(value_and_grad_fn=lambda w: (0.0, w))
   # The gradient at the probe, w + w, is 2w.
   np.testing.assert_allclose(new.params, -w, rtol=1e-6)

@@ -32,14 +32,15 @@ def test_a_step_of_the_benchmark_costs_what_two_gradients_cost(name):
   assert_bars_hold(cost.PROBLEMS[name](), NAMES)
 
 
-# Of adaptive() the radius is measured, from the probe and the parameters.
+# Of adaptive() the radius is measured, from the probe and the parameters. How much that
+# adds depends on what the compiler stores: 1.29 in new ones, 1.40 in jax 0.7.
 @pytest.mark.parametrize(
   ('name', 'most'),
   [
     ('euclidean', 1.01),
     ('monge', 1.01),
-    ('adaptive', 1.3),
-    ('monge over adaptive', 1.3),
+    ('adaptive', 1.45),
+    ('monge over adaptive', 1.45),
   ],
 )
 def test_the_ascent_alone_reads_and_writes_what_it_does_by_hand(name, most):
