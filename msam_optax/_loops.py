@@ -229,7 +229,7 @@ def in_turns(
   extra_args = {} if extra_args is None else extra_args
 
   def turn(carry, at):
-    last, old_state, clean_value = carry
+    last, _, clean_value = carry
     i, scale = at
     first = i == 0
     begin = _passes.start(_clean_among(last, i), params, setting)
@@ -256,11 +256,12 @@ def in_turns(
     )
     new = jax.tree.map(lambda x, g: x.astype(g.dtype), probes.grads[0], begin.grads)
     new = (*last[1:], mean(_masks.leave_out(new, begin.present)))
-    new_state = _where(first, old_state, probes.metric_state)
     if clean_value is not None:
       new_value = jnp.asarray(probes.value, clean_value.dtype)
       clean_value = jnp.where(first, new_value, clean_value)
-    return (new, new_state, clean_value), (probes.value, probes.slope, probes.radius)
+    # Every turn begins with the state before the step, so the last one's is the next.
+    carry = new, probes.metric_state, clean_value
+    return carry, (probes.value, probes.slope, probes.radius)
 
   begin = _passes.start(zeros, params, setting)
   zeros = _masks.leave_out(begin.grads, begin.present)
@@ -318,10 +319,6 @@ def _has_no_numbers(x):
 def _with_numbers(grads):
   """Gradients with None for those that have no numbers, which no loop carries."""
   return jax.tree.map(lambda g: None if _has_no_numbers(g) else g, grads)
-
-
-def _where(condition, xs, ys):
-  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), xs, ys)
 
 
 def _settled(turn, carry, turns):
