@@ -212,6 +212,62 @@ def sharpness_aware(
       combination_state=_passes.init_combination(setting, params),
     )
 
+  def clean_pass(evaluate, updates, state, params, value, extra_args):
+    """What is known before the probes, and the probes if all passes are one loop."""
+    if updates is None and combination.due is None and _is_traced((params, state)):
+      loss, begin, like, probes = _loops.from_params(
+        evaluate,
+        params,
+        setting,
+        space=space_of,
+        average=averaged_for_ascent,
+        names=axis_name if sync_ascent else (),
+        value=value,
+        metric_state=state.metric_state,
+        count=state.count,
+        extra_args=extra_args,
+      )
+      return _Clean(begin, like, loss if value is None else value, probes)
+    loss = None
+    if updates is None:
+      loss, updates = evaluate(params)
+    _check_gradients(updates, params, extra_args)
+    begin = _passes.start(updates, params, setting)
+    begin = begin._replace(grads=averaged_for_ascent(begin.grads))
+    like = _masks.fill(updates, begin.present, params)
+    return _Clean(begin, like, loss if value is None else value, None)
+
+  def probe_passes(evaluate, clean, state, space, extra_args):
+    wanted = _masks.leave_out(clean.begin.grads, clean.begin.present)
+    known = {} if clean.value is None else {'value': clean.value}
+    return _passes.at_probes(
+      clean.begin,
+      lambda probe: evaluate(probe, wanted, dtypes=perturbation_dtype is None),
+      setting,
+      metric_state=state.metric_state,
+      space=space,
+      count=state.count,
+      average=ascent_mean,
+      extra_args={**extra_args, **known},
+    )
+
+  def combined(clean, probes, state, params, space):
+    """The update, and the parts of the next state that a step may skip."""
+    updates, combination_state = _passes.combine(
+      (clean.begin.grads, *probes.grads),
+      state.combination_state,
+      space,
+      setting,
+      like=clean.like,
+      params=params,
+    )
+    scalars = _scalars(probes, clean.value, state, average)
+    return updates, {
+      'metric_state': probes.metric_state,
+      'combination_state': combination_state,
+      **scalars,
+    }
+
   def update(
     updates,
     state,
@@ -227,76 +283,30 @@ def sharpness_aware(
     _check_params(params, extra_args)
     _devices.check_axes(params, param_specs, axis_name)
     _checks.check_averaged(params, axis_name)
-    options: Any = {'metric_state': state.metric_state, 'count': state.count}
-    loss, in_loop = None, None
-    if updates is None and combination.due is None and _is_traced((params, state)):
-      loss, begin, like, in_loop = _loops.from_params(
-        evaluate,
-        params,
-        setting,
-        space=space_of,
-        average=averaged_for_ascent,
-        names=axis_name if sync_ascent else (),
-        value=value,
-        extra_args=extra_args,
-        **options,
-      )
-    else:
-      if updates is None:
-        loss, updates = evaluate(params)
-      _check_gradients(updates, params, extra_args)
-      begin = _passes.start(updates, params, setting)
-      begin = begin._replace(grads=averaged_for_ascent(begin.grads))
-      like = _masks.fill(updates, begin.present, params)
-    value = loss if value is None else value
-    means = (begin.grads, *(in_loop.grads if in_loop else ()))
-    space = space_of(means)
 
-    def combine(probes):
-      new_updates, combination_state = _passes.combine(
-        (begin.grads, *probes.grads),
-        state.combination_state,
-        space,
-        setting,
-        like=like,
-        params=params,
-      )
-      scalars = _scalars(probes, value, state, average)
-      return new_updates, combination_state, probes.metric_state, scalars
+    clean = clean_pass(evaluate, updates, state, params, value, extra_args)
+    in_loop = clean.probes.grads if clean.probes else ()
+    space = space_of((clean.begin.grads, *in_loop))
 
     def with_probes():
-      wanted = _masks.leave_out(begin.grads, begin.present)
-      known = {} if value is None else {'value': value}
-      return combine(
-        in_loop
-        or _passes.at_probes(
-          begin,
-          lambda probe: evaluate(probe, wanted, dtypes=perturbation_dtype is None),
-          setting,
-          space=space,
-          average=ascent_mean,
-          extra_args={**extra_args, **known},
-          **options,
-        )
-      )
+      probes = clean.probes or probe_passes(evaluate, clean, state, space, extra_args)
+      return combined(clean, probes, state, params, space)
 
     def without_probes():
-      return combine(_passes.Probes((), None, None, None, state.metric_state))
+      none = _passes.Probes((), None, None, None, state.metric_state)
+      return combined(clean, none, state, params, space)
 
     if combination.due is None:
-      results = with_probes()
+      new_updates, recorded = with_probes()
     else:
-      due = _passes.is_due(begin, state.combination_state, space, setting)
-      results = jax.lax.cond(due, with_probes, without_probes)
-    new_updates, combination_state, metric_state, scalars = results
+      due = _passes.is_due(clean.begin, state.combination_state, space, setting)
+      new_updates, recorded = jax.lax.cond(due, with_probes, without_probes)
     new_state = SharpnessAwareState(
       count=optax.safe_increment(state.count),
       finite=spaces.all_finite(new_updates, param_specs),
-      metric_state=metric_state,
-      combination_state=combination_state,
-      **scalars,
+      **recorded,
     )
-    return _masks.leave_out(new_updates, begin.present), new_state
+    return _masks.leave_out(new_updates, clean.begin.present), new_state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -346,6 +356,22 @@ def normalize_by(
     return metrics.directions_of_all(ascent, perturbed, updates), state
 
   return optax.GradientTransformation(init, update)
+
+
+class _Clean(NamedTuple):
+  """What is known of a step before its probes.
+
+  Attributes:
+    begin: what the probes start from; its gradient is the one of the ascent.
+    like: the clean gradient as it came, zero where there is none.
+    value: scalar, the loss at the params, or None.
+    probes: the passes at the probes, if they were made in one loop with the clean one.
+  """
+
+  begin: _passes.Start
+  like: Any
+  value: Any
+  probes: _passes.Probes | None
 
 
 def _fast(params):
