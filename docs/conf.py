@@ -17,6 +17,7 @@ extensions = [
 ]
 html_theme = 'furo'
 html_title = project
+pygments_dark_style = 'monokai'  # Furo's own underlines modules, as if they were links.
 
 # Links to a heading, `scale.md#micro-batches`, resolve as they do on a code host.
 myst_heading_anchors = 3
@@ -94,6 +95,8 @@ def _link_files(app, docname, source):
   """Leads to the pages that show a file's text, and to pictures as downloads."""
   tables = r'\]\((?:\.\./benchmarks/)?results/(\w+)\.md\)'
   text = re.sub(tables, r'](results.md#\1)', source[0])
+  text = text.replace('](../CONTRIBUTING.md', '](contributing.md')
+  text = text.replace('](../benchmarks/README.md', '](benchmarks.md')
   text = re.sub(r'\]\(((?:recipes/)?)(\w+)\.py\)', r'](\1code.md#\2)', text)
   pictures = r'(?<!!)(\[[^\]]*\])\((?:\.\./benchmarks/)?(results/\w+\.png)\)'
   source[0] = re.sub(pictures, r'\1(path:../benchmarks/\2)', text)
