@@ -92,14 +92,12 @@ def _first_line(thing):
 
 
 def _link_files(app, docname, source):
-  """Leads to the pages that show a file's text, and to pictures as downloads."""
-  tables = r'\]\((?:\.\./benchmarks/)?results/(\w+)\.md\)'
-  text = re.sub(tables, r'](results.md#\1)', source[0])
+  """Leads to the pages that show a file, where a code host would show the file."""
+  results = r'(?<!!)(\[[^\]]*\])\((?:\.\./benchmarks/)?results/(\w+)\.(?:md|png)\)'
+  text = re.sub(results, r'\1(results.md#\2)', source[0])
   text = text.replace('](../CONTRIBUTING.md', '](contributing.md')
   text = text.replace('](../benchmarks/README.md', '](benchmarks.md')
-  text = re.sub(r'\]\(((?:recipes/)?)(\w+)\.py\)', r'](\1code.md#\2)', text)
-  pictures = r'(?<!!)(\[[^\]]*\])\((?:\.\./benchmarks/)?(results/\w+\.png)\)'
-  source[0] = re.sub(pictures, r'\1(path:../benchmarks/\2)', text)
+  source[0] = re.sub(r'\]\(((?:recipes/)?)(\w+)\.py\)', r'](\1code.md#\2)', text)
 
 
 def _read_included(app, path, docname, source):
