@@ -1,15 +1,23 @@
 """How Sphinx builds these pages: ``make docs``, where every warning is an error."""
 
+from importlib import import_module
 from importlib import metadata
+import inspect
 import re
 
 project = 'msam_optax'
-author = 'the msam_optax authors'
+author = copyright = 'the msam_optax authors'
 version = release = metadata.version('msam-optax')
 
-extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
+extensions = [
+  'myst_parser',
+  'sphinx.ext.autodoc',
+  'sphinx.ext.napoleon',
+  'sphinx.ext.viewcode',
+]
 html_theme = 'furo'
 html_title = project
+pygments_dark_style = 'monokai'  # Furo's own underlines modules, as if they were links.
 
 # Links to a heading, `scale.md#micro-batches`, resolve as they do on a code host.
 myst_heading_anchors = 3
@@ -41,11 +49,76 @@ def _resolve_in_package(app, env, node, contnode):
   )
 
 
-def _link_results_as_files(app, docname, source):
-  """Offers the tables beside the benchmarks as files: they are not pages."""
-  source[0] = re.sub(r'\]\((\.\./[^)]*\.md)\)', r'](path:\1)', source[0])
+def _name_defaults_as_users_do(app, what, name, obj, options, signature, returns):
+  """Writes ``euclidean()`` for ``metrics.euclidean()``, which the source has."""
+  if signature:
+    return re.sub(r'\b(metrics|combinations|spaces)\.', '', signature), returns
+
+
+def _skip_fields(app, what, name, obj, skip, options):
+  """Leaves out the members of named tuples and dataclasses that Python makes."""
+  made = type(obj).__name__ == '_tuplegetter' or name == 'replace'
+  return skip or made
+
+
+def _summarize(app, docname, source):
+  """Puts a table before each section of the reference: every name, and what it does."""
+  if docname == 'api':
+    source[0] = re.sub(
+      r'(?<=```{eval-rst}\n).*?(?=```)', _summary, source[0], flags=re.S
+    )
+
+
+def _summary(section):
+  path, *_ = re.findall(r':: (msam_optax\S*)$', section[0], re.M)
+  module = import_module(path)
+  names = re.findall(r'^\.\. auto\w+:: (\w+)(?:\(|$)', section[0], re.M)
+  names = names or [
+    name
+    for name, value in vars(module).items()
+    if getattr(value, '__module__', '') == path and not name.startswith('_')
+    if inspect.isroutine(value) or inspect.isclass(value)
+  ]
+  rows = [
+    f'   * - :py:obj:`~{path}.{name}`\n     - {_first_line(getattr(module, name))}'
+    for name in names
+  ]
+  head = f'.. currentmodule:: {path}\n\n.. list-table::\n   :widths: 1 3\n\n'
+  return head + '\n'.join(rows) + f'\n\n{section[0]}'
+
+
+def _first_line(thing):
+  return (inspect.getdoc(thing) or '').partition('\n')[0]
+
+
+def _link_files(app, docname, source):
+  """Leads to the pages that show a file, where a code host would show the file."""
+  results = r'(?<!!)(\[[^\]]*\])\((?:\.\./benchmarks/)?results/(\w+)\.(?:md|png)\)'
+  text = re.sub(results, r'\1(results.md#\2)', source[0])
+  text = text.replace('](../CONTRIBUTING.md', '](contributing.md')
+  text = text.replace('](../benchmarks/README.md', '](benchmarks.md')
+  source[0] = re.sub(r'\]\(((?:recipes/)?)(\w+)\.py\)', r'](\1code.md#\2)', text)
+
+
+def _read_included(app, path, docname, source):
+  """Reads a recipe as its docstring, which is Markdown, and its code."""
+  if path.suffix == '.py':
+    _, docstring, code = re.split(r'"""\n*', source[0], maxsplit=2)
+    source[0] = f'{docstring}\n\n```python\n{code}```\n'
+  _link_files(app, docname, source)
+
+
+def _link_pictures(app, doctree):
+  """Makes each picture a link to itself: its labels are small at a page's width."""
+  for image in doctree.findall(lambda node: node.tagname == 'image'):
+    image['width'] = '100%'
 
 
 def setup(app):
   app.connect('missing-reference', _resolve_in_package)
-  app.connect('source-read', _link_results_as_files)
+  app.connect('autodoc-process-signature', _name_defaults_as_users_do)
+  app.connect('autodoc-skip-member', _skip_fields)
+  app.connect('source-read', _summarize)
+  app.connect('source-read', _link_files)
+  app.connect('include-read', _read_included)
+  app.connect('doctree-read', _link_pictures)

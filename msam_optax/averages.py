@@ -21,7 +21,7 @@ from msam_optax import spaces
 
 
 class AverageState(NamedTuple):
-  """State of the metrics in this file.
+  """State of :func:`smoothed`, :func:`residual` and :func:`monge_average`.
 
   Attributes:
     count: int32 scalar, the gradients so far that the mean is of. One that is not
@@ -58,8 +58,8 @@ def smoothed(
     decay: how much of ``m`` is kept, scalar, 0 <= decay <= 1. 0 is the base.
 
   Returns:
-    A :class:`Metric` with an :class:`AverageState`: one more copy of the params in
-    float32.
+    A :class:`Metric` with an :class:`AverageState`, which holds one more copy of the
+    params in float32.
 
   Raises:
     TypeError: if ``base`` is no metric, or ``decay`` no real number and no array.
@@ -119,8 +119,8 @@ def residual(
       0.6 to 0.95.
 
   Returns:
-    A :class:`Metric` with an :class:`AverageState`: one more copy of the params in
-    float32.
+    A :class:`Metric` with an :class:`AverageState`, which holds one more copy of the
+    params in float32.
 
   Raises:
     TypeError: if ``base`` is no metric, or a number no real number and no array.
@@ -193,8 +193,8 @@ def monge_average(
       ``diagonal_fisher()``, a norm) the direction is NaN, unless it is nearly so.
 
   Returns:
-    A :class:`Metric` with an :class:`AverageState`: one more copy of the params in
-    float32.
+    A :class:`Metric` with an :class:`AverageState`, which holds one more copy of the
+    params in float32.
 
   Raises:
     TypeError: if ``base`` is no metric, or ``decay`` no real number and no array.

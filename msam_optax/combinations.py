@@ -200,9 +200,9 @@ def surrogate_gap(alpha: float | jax.Array = 0.6) -> Combination:
   """GSAM's update: lowers the loss at the probe and its gap to the loss at the params.
 
   Only the component of ``g`` that is perpendicular to ``g₁`` is used, so that the gap
-  is closed without slowing the descent at the probe::
+  is closed without slowing the descent at the probe:
 
-      g₁ − α (g − ⟨g, g₁⟩/⟨g₁, g₁⟩ g₁)
+      g₁ − α (g − ⟨g, g₁⟩/⟨g₁, g₁⟩ g₁).
 
   With replicas both gradients are their means before the formula. The inner products
   are over all leaves that have a gradient, perturbed or not: frozen ones should have
@@ -252,9 +252,9 @@ def curvature(
 ) -> Combination:
   """CR-SAM's update: penalizes curvature, from gradients on both sides of the params.
 
-  With gradients ``g₊`` at ``w + δ`` and ``g₋`` at ``w − δ``, three in a step::
+  With gradients ``g₊`` at ``w + δ`` and ``g₋`` at ``w − δ``, three in a step:
 
-      g₊ + γ (g₊ + g₋ − 2g) + β (g₊ − g₋)
+      g₊ + γ (g₊ + g₋ − 2g) + β (g₊ − g₋).
 
   Args:
     gamma: ``γ``, scalar >= 0: the weight of the second difference, a third derivative

@@ -43,8 +43,8 @@ def geodesic(
       γ″ = −α² (γ′ᵀHγ′) g / (1 + α²‖g‖²),   γ(0) = w,   γ′(0) = δ,
 
   ``g`` and ``H`` at ``γ`` and ``δ`` of Monge SAM, so the direction is ``(γ(1) − w)/ρ``.
-  On the surface ``{(w, αℓ(w))}`` it is ``ρ`` long. **The loss rises by at most ``ρ/α``
-  along it, for any loss**, where the straight probe of :func:`monge` has that bound to
+  On the surface ``{(w, αℓ(w))}`` it is ``ρ`` long. Along it the loss rises by at most
+  ``ρ/α``, *for any loss*; for the straight probe of :func:`monge` that bound holds to
   first order only. In ``steps`` steps the curve is followed up to an error that falls
   with ``steps²``; the rise is at most ``ρ/α + Lρ²/(4 · steps)`` then, for a loss whose
   curvature is at most ``L``.

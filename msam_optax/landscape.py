@@ -1,5 +1,7 @@
 """Landscapes: a loss on a line or a plane through its parameters, and its picture.
 
+This plots the loss on a plane, and marks the probes of SAM and Monge SAM::
+
     u = random_direction(params, key=key)
     v = steepest_direction(loss, params)
     landscape = loss_slice(loss, params, [v, u], [x, y])

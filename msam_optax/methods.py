@@ -34,27 +34,27 @@ def msam(
 
       δ = ρ g / (‖g‖ √(1 + α²‖g‖²)),
 
-  SAM's perturbation, divided by ``√(1 + α²‖g‖²)``: the same where the gradient is
-  small, and less the steeper the loss is. ``ρ/α`` is the largest first-order rise of
-  the loss that it allows. The ``δ`` depends on the scale of the loss: take the
-  mean over the batch, unscale and reduce gradients before, and clip them after.
+  which is SAM's perturbation divided by ``√(1 + α²‖g‖²)``: the same where the gradient
+  is small, and shorter where it is large. To first order it raises the loss by at most
+  ``ρ/α``. ``δ`` depends on the scale of the loss: take the mean over the batch, unscale
+  and reduce gradients before this transformation, and clip them after it.
 
-  With ``max_rise=τ`` the allowed rise is the knob instead of ``α``: it is ``ρ/τ``, and
-  ``ρ`` may be infinite, where ``δ = τ g/‖g‖²`` raises the loss by ``τ``, to first
-  order, wherever it is::
+  With ``max_rise=τ`` you choose the allowed rise instead of ``α``, which is then
+  ``ρ/τ``. ``ρ`` may be infinite: then ``δ = τ g/‖g‖²``, which to first order raises the
+  loss by ``τ`` everywhere::
 
       msam(rho=0.05, alpha=2.0)               # at most 0.025 higher
       msam(rho=0.05, max_rise=0.025)          # the same
       msam(rho=math.inf, max_rise=0.025)      # always 0.025 higher
 
-  Choose ``τ`` first, in units of the loss, with a large ``ρ``, which only holds back
-  steps where the gradient is small; without it they grow without bound there. Choose
-  ``ρ`` and ``α`` if you know a radius that is right for SAM. With ``max_rise`` the
-  metric is :func:`unit_rise`: the slope in the state is between 0 and 1, the part of
-  the allowed rise that is predicted, ``τ · slope``.
+  Choose ``τ`` first, in units of the loss, and a large ``ρ``. It limits ``δ`` only
+  where the gradient is small, where ``δ`` would otherwise grow without bound. If you
+  know a radius that is right for SAM, choose ``ρ`` and ``α`` instead. With ``max_rise``
+  the metric is :func:`unit_rise`: the slope in the state is between 0 and 1, and the
+  predicted rise is ``τ · slope``.
 
-  Two gradients per step, and no memory of its own. Take it where gradients differ by
-  orders of magnitude, over training or between tasks, so that SAM has no radius for
+  Two gradients per step, and no additional memory. Use it where gradients differ by
+  orders of magnitude, over training or between tasks, so that no radius of SAM suits
   all of them.
 
   Args:
@@ -168,7 +168,7 @@ def asam(
   For the gradient ``g`` at the parameters ``w`` it is the gradient at
   ``w + ρ T²g/‖Tg‖`` with ``T = |w| + η`` on weights and 1 on biases.
 
-  Two gradients per step, and no memory of its own. Take it where weights of very
+  Two gradients per step, and no additional memory. Take it where weights of very
   different sizes are perturbed together. Its radius is about ten times SAM's: the
   authors have 0.5 for CIFAR-10, 1.0 for CIFAR-100 and 0.01 for ``η``.
 
@@ -218,7 +218,7 @@ def fisher_sam(
   For the gradient ``g`` at the parameters ``w`` it is the gradient at
   ``w + ρ u/√⟨u, g⟩`` with ``u = g/(1 + η g²)``: steep coordinates are held back.
 
-  Two gradients per step, and no memory of its own. Take it where a few coordinates
+  Two gradients per step, and no additional memory. Take it where a few coordinates
   have most of the gradient.
 
   Args:

@@ -37,7 +37,7 @@ def gsam(
   the part of ``g`` that is perpendicular to ``g₁``, subtracted. The authors let ``ρ``
   follow the learning rate: give it as a schedule.
 
-  Two gradients per step, and no memory of its own. Take it where SAM's probe is so
+  Two gradients per step, and no additional memory. Take it where SAM's probe is so
   far away that lowering the loss there leaves that at the params behind.
 
   Args:
@@ -93,7 +93,7 @@ def wsam(
   own default is the decoupled form, in which the optimizer sees ``g`` alone and the
   rest is added to its step.
 
-  Two gradients per step, and no memory of its own. Take it where SAM helps, and more
+  Two gradients per step, and no additional memory. Take it where SAM helps, and more
   of the same should help more.
 
   Args:
@@ -199,7 +199,7 @@ def stable_sam(
   At the probe gradients are longer, most so where the loss is sharp. Without that, a
   learning rate that is stable for the optimizer alone is stable for it with SAM.
 
-  Two gradients per step, and no memory of its own. Take it where training with SAM
+  Two gradients per step, and no additional memory. Take it where training with SAM
   diverges at the learning rate of the optimizer alone.
 
   Args:

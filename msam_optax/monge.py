@@ -54,17 +54,17 @@ def monge(
 ) -> metrics.Metric:
   """The Monge metric ``G = B + α² g gᵀ`` over any metric ``B``, or over any norm.
 
-  It is the metric that the graph of the loss, ``{(w, αℓ(w))}``, has as a surface:
-  moving uphill is long, moving along a level set is as long as under ``B``. Its
+  It is the metric that the graph of the loss, ``{(w, αℓ(w))}``, has as a surface: a
+  step uphill is longer than under ``B``, and a step along a level set as long. Its
   direction and slope are those of the base divided by ``√(1 + α²s²)``, where ``s`` is
-  the base's slope (by Sherman–Morrison if the base is a matrix; the line that makes it
-  true for any norm is at the top of this file). So over the Euclidean metric
+  the base's slope (by Sherman–Morrison if the base is a matrix; the docstring of
+  ``monge.py`` proves it for any norm). So over the Euclidean metric
 
       δ = ρ g / (‖g‖ √(1 + α²‖g‖²)),
 
-  SAM's perturbation where the gradient is small, and ever less where it is large.
-  The slope is less than ``1/α``: **``ρ/α`` is the largest first-order rise of the
-  loss that Monge SAM allows.** ``α = 0`` is the base, and the paper has ``α = 1``.
+  SAM's perturbation where the gradient is small, and a shorter one where it is large.
+  The slope is less than ``1/α``: ``ρ/α`` is *the largest first-order rise of the
+  loss that Monge SAM allows*. ``α = 0`` is the base, and the paper has ``α = 1``.
 
   Unlike SAM's, this perturbation depends on the scale of the loss: a loss ``c``
   times as large acts as ``c`` times the ``α``. Average, unscale and reduce
@@ -160,7 +160,7 @@ def unit_rise(
 
   Call the radius ``τ``. For the base's direction ``u`` and slope ``s`` the step is as
   long as it takes to raise the loss by ``τ``, if that is less than ``ρ``, the
-  ``max_radius``; the transition is smooth, and it is Monge SAM's with ``α = ρ/τ``::
+  ``max_radius``; the transition is smooth, and it is Monge SAM's with ``α = ρ/τ``:
 
       δ = τ u/√(s² + (τ/ρ)²) = ρ u/√(1 + (ρ/τ)² s²).
 

@@ -52,14 +52,15 @@ def reused(
 ) -> combinations.Combination:
   """LookSAM's update: a probe in every ``k``-th step, whose result is used until then.
 
-  In the steps 0, ``k``, ``2k`` … it is the gradient ``g₁`` at the probe. What that adds
-  to the plain gradient, the part that is perpendicular to it, is remembered,
+  In the steps 0, ``k``, ``2k`` … it is the gradient ``g₁`` at the probe. Its
+  component perpendicular to the plain gradient is remembered,
 
       v = g₁ − ⟨g₁, g⟩/⟨g, g⟩ g,
 
-  and is in the other steps added to the plain gradient at a fixed share of its length::
+  and in the other steps it is added to the plain gradient, scaled to a fixed share of
+  that gradient's length:
 
-      g + α (‖g‖/‖v‖) v
+      g + α (‖g‖/‖v‖) v.
 
   So ``k`` steps cost ``k + 1`` gradients. With replicas all gradients are means before
   the formula, so that each remembers the same.
@@ -69,7 +70,7 @@ def reused(
     alpha: ``α``, scalar >= 0. 0 is the plain gradient between the probes.
 
   Returns:
-    A :class:`Combination` with a :class:`ReusedState`: one copy of the params.
+    A :class:`Combination` with a :class:`ReusedState`, one copy of the params.
 
   Raises:
     TypeError: if ``alpha`` is no real number and no array, or ``every`` not whole.
@@ -131,9 +132,9 @@ def when_steep(
   """AE-SAM's policy: probes where the gradient is long, as compared with the last ones.
 
   A step has probes if ``‖g‖² ≥ μ + cσ``, for the running mean ``μ`` and the running
-  standard deviation ``σ`` of ``‖g‖²`` with the newest one among them::
+  standard deviation ``σ`` of ``‖g‖²`` with the newest one among them:
 
-      μ ← β μ + (1 − β) ‖g‖²,      σ² ← β σ² + (1 − β) (‖g‖² − μ)²
+      μ ← β μ + (1 − β) ‖g‖²,   then   σ² ← β σ² + (1 − β) (‖g‖² − μ)².
 
   The update of all other steps is the plain gradient. The authors let ``c`` change
   linearly over the training: ``threshold=optax.linear_schedule(...)``. A step whose

@@ -22,7 +22,7 @@ def preconditioned(transformation: optax.GradientTransformation) -> metrics.Metr
 
   It takes what *scales* a gradient, by a positive definite ``P``: no whole optimizer,
   whose updates have a minus sign, and nothing with momentum, which goes elsewhere.
-  **Where ``⟨g, u⟩`` is not positive, and ``g`` is not zero, the direction is NaN.**
+  *The direction is NaN* where ``⟨g, u⟩`` is not positive and ``g`` is not zero.
 
   The radius is measured by ``P``: where the second moments are small, as late in a
   training, the same ``ρ`` is a longer step.

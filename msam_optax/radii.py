@@ -16,10 +16,10 @@ def rho_following(
 ) -> optax.Schedule:
   """A radius that follows the learning rate, as GSAM's authors have it.
 
-  As the learning rate goes from ``lr_min`` to ``lr_max`` the radius goes from ``ρ_min``
-  to ``ρ_max``, on a straight line; outside it stays at its ends::
+  While the learning rate goes from ``lr_min`` to ``lr_max``, the radius goes linearly
+  from ``ρ_min`` to ``ρ_max``; beyond these it stays at its end:
 
-      ρ = ρ_min + (ρ_max − ρ_min) (lr − lr_min)/(lr_max − lr_min)
+      ρ = ρ_min + (ρ_max − ρ_min) (lr − lr_min)/(lr_max − lr_min).
 
   Args:
     learning_rate: the optimizer's schedule, ``step -> lr``.

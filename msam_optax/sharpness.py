@@ -270,8 +270,8 @@ def stability(
     key: with ``k``, a random key for the vector to start from.
 
   Returns:
-    ``[n]`` or ``[k]``, float32 or wider: real parts, ascending; NaN for one of ``k``
-    that has not converged.
+    The real parts, ascending, ``[n]`` or ``[k]``, float32 or wider. One of ``k`` that
+    has not converged is NaN.
 
   Raises:
     ValueError: if ``k`` or ``which`` is out of range, or ``k`` lacks its ``key``.

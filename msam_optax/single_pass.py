@@ -83,9 +83,9 @@ def lagged(
 ) -> optax.GradientTransformationExtraArgs:
   """Sharpness-aware training along the last gradient: one gradient per step.
 
-  The probe of a step is taken along the gradient at the probe before, ``h``::
+  The probe of a step is taken along the gradient at the probe before, ``h``:
 
-      δ' = ρ · direction(h),   h = ∇ℓ(w + δ)         (δ = 0 in the first step)
+      δ′ = ρ · direction(h),   h = ∇ℓ(w + δ)   (δ = 0 in the first step),
 
   where the direction is that of the metric: ``h/‖h‖`` for ``euclidean()``, which is
   single-step SAM, and ``h/(‖h‖√(1 + α²‖h‖²))`` for ``monge(alpha)``. The base optimizer
@@ -210,14 +210,14 @@ def momentum_sam(
   """Momentum-SAM: the probe lies along the optimizer's own momentum, at no extra cost.
 
   With the momentum ``v`` of the base optimizer, the mean of past gradients that SGD and
-  Adam keep anyway, the next gradient is taken at::
+  Adam keep anyway, the next gradient is taken at
 
-      w − ρ v/‖v‖                             (α = 0, the paper)
-      w − ρ v/(‖v‖ √(1 + α²‖v‖²))             (Monge's length)
+      w − ρ v/(‖v‖ √(1 + α²‖v‖²)),
 
-  so *downhill*, along the step to come, as Nesterov's gradient is. Of Adam ``v`` is the
-  first moment as it is stored. One gradient per step, and beyond the base optimizer's
-  state two scalars. The base optimizer gets the gradient at the probe and the clean
+  which is ``w − ρ v/‖v‖`` for ``α = 0``, as in the paper. That is *downhill*, along the
+  step to come, as Nesterov's gradient is. For Adam, ``v`` is the first moment as it is
+  stored. It takes one gradient per step, and two scalars beside the base optimizer's
+  state. The base optimizer gets the gradient at the probe and the clean
   parameters ``w``; its weight decay is one of ``w``. (The paper's SGD decays the
   probe: put ``optax.add_decayed_weights`` before this wrapper in a chain.)
 
@@ -333,8 +333,9 @@ def eval_params(opt_state: Any, params: Any, *, momentum: str | None = None) -> 
 
   The parameters of the training loop are ``w + δ``, where the next gradient is taken.
   Evaluate, average and export ``w``; continue the training with ``w + δ``. BatchNorm
-  has statistics of the probe as well: see ``flax_linen.reestimate_batch_stats`` and
-  ``flax_nnx.reestimate_batch_stats``.
+  has statistics of the probe as well: see
+  :func:`msam_optax.flax_linen.reestimate_batch_stats` and
+  :func:`msam_optax.flax_nnx.reestimate_batch_stats`.
 
   Args:
     opt_state: the state, that of the wrapper or any in which it is, as in

@@ -55,9 +55,9 @@ def sparse(
       every five epochs.
 
   Returns:
-    A :class:`Metric` with a :class:`SparseState`: one byte for each parameter. With
-    replicas each has its own choice, unless ``sync_ascent`` is set; of ``gradients``,
-    which are those of each replica, its own always.
+    A :class:`Metric` with a :class:`SparseState`, one byte for each parameter. Each
+    replica makes its own choice, unless ``sync_ascent`` is set; from ``gradients``,
+    which differ between replicas, it always does.
 
   Raises:
     TypeError: if an argument has the wrong type.

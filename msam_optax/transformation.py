@@ -325,7 +325,7 @@ def normalize_by(
 
   Args:
     metric: the metric ``G``.
-    param_specs: the params' ``PartitionSpec``s, if sharded inside ``shard_map``, see
+    param_specs: how the params are sharded inside ``shard_map``, see
       :func:`sharpness_aware`.
 
   Returns:

@@ -74,6 +74,22 @@ def test_readme_fits_a_page():
   assert len(text.split()) <= 1000
 
 
+def test_every_recipe_is_on_the_pages():
+  folder = ROOT / 'docs' / 'recipes'
+  index, code = ((folder / f'{page}.md').read_text() for page in ('index', 'code'))
+  for recipe in folder.glob('*.py'):
+    assert f'[{recipe.stem}]({recipe.name})' in index
+    assert f'## {recipe.stem}\n\n```{{include}} {recipe.name}\n' in code
+
+
+def test_every_result_is_on_a_page():
+  page = (ROOT / 'docs' / 'results.md').read_text()
+  for result in (ROOT / 'benchmarks' / 'results').iterdir():
+    if result.suffix in ('.md', '.png'):
+      assert f'## {result.stem}\n' in page
+      assert f'../benchmarks/results/{result.name}' in page
+
+
 def test_every_public_name_is_in_the_reference():
   reference = (ROOT / 'docs' / 'api.md').read_text()
   for name in msam_optax.__all__:
