@@ -1,0 +1,49 @@
+"""Which outputs of a program are its inputs, handed back as they are."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core
+
+# Equations that run a program on their operands, and return what it returns.
+_CALLS = frozenset(('jit', 'pjit', 'remat2', 'checkpoint', 'closed_call'))
+
+
+def sources(jaxpr: core.Jaxpr) -> list[int | None]:
+  """The position of the input that each output is, also through calls and loops.
+
+  A transformed function hands back all that it gets, in arrays that are new to its
+  caller. That those are the old ones only the program tells.
+
+  Args:
+    jaxpr: the program.
+
+  Returns:
+    A number for each output, or None where it may be another array.
+  """
+  source = {x: i for i, x in enumerate(jaxpr.invars)}
+  for eqn in jaxpr.eqns:
+    for output, i in _handed_back(eqn):
+      operand = eqn.invars[i]
+      if isinstance(operand, core.Var) and operand in source:
+        source[eqn.outvars[output]] = source[operand]
+  return [source.get(x) if isinstance(x, core.Var) else None for x in jaxpr.outvars]
+
+
+def _handed_back(eqn: core.JaxprEqn) -> Iterator[tuple[int, int]]:
+  """The outputs of an equation that are operands of it, with their positions."""
+  name, params = eqn.primitive.name, eqn.params
+  if name != 'scan' and name not in _CALLS:
+    return
+  inner: Any = params.get('jaxpr', params.get('call_jaxpr'))
+  for output, i in enumerate(sources(getattr(inner, 'jaxpr', inner))):
+    if i is not None and (name != 'scan' or _same_in_loop(output, i, params)):
+      yield output, i
+
+
+def _same_in_loop(output, i, params):
+  """Whether what a turn hands back makes that of the whole loop."""
+  consts, carried = params['num_consts'], params['num_carry']
+  if output < carried:
+    return i == consts + output
+  return i >= consts + carried
