@@ -32,18 +32,31 @@ def sources(jaxpr: core.Jaxpr) -> list[int | None]:
 
 def _handed_back(eqn: core.JaxprEqn) -> Iterator[tuple[int, int]]:
   """The outputs of an equation that are operands of it, with their positions."""
-  name, params = eqn.primitive.name, eqn.params
-  if name != 'scan' and name not in _CALLS:
+  is_loop = eqn.primitive.name == 'scan'
+  inner: Any = eqn.params.get('jaxpr', eqn.params.get('call_jaxpr'))
+  if inner is None or not (is_loop or eqn.primitive.name in _CALLS):
     return
-  inner: Any = params.get('jaxpr', params.get('call_jaxpr'))
-  for output, i in enumerate(sources(getattr(inner, 'jaxpr', inner))):
-    if i is not None and (name != 'scan' or _same_in_loop(output, i, params)):
+  inner = getattr(inner, 'jaxpr', inner)
+  for output, i in enumerate(sources(inner)):
+    if i is not None and (not is_loop or _same_in_loop(output, i, eqn, inner)):
       yield output, i
 
 
-def _same_in_loop(output, i, params):
-  """Whether what a turn hands back makes that of the whole loop."""
-  consts, carried = params['num_consts'], params['num_carry']
+def _same_in_loop(output, i, eqn, inner):
+  """Whether what a turn hands back makes that of the whole loop.
+
+  Operands are constants, what is carried, and what is read row by row; results are what
+  is carried, and what is written row by row.
+  """
+  read, written = (
+    sum(_rank(x) != _rank(y) for x, y in zip(whole, turn, strict=True))
+    for whole, turn in ((eqn.invars, inner.invars), (eqn.outvars, inner.outvars))
+  )
+  carried = len(eqn.outvars) - written
   if output < carried:
-    return i == consts + output
-  return i >= consts + carried
+    return i == len(eqn.invars) - read - carried + output
+  return i >= len(eqn.invars) - read
+
+
+def _rank(x):
+  return len(getattr(x.aval, 'shape', ()))

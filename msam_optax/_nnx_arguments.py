@@ -137,6 +137,7 @@ def _like_gradients(start):
     _tuple(start.argnums), like if several else (like,), strict=True
   ):
     _check_variables(argnum, part, start)
+  _check_unshared(by_path(like, start.argnums), start)
   return like
 
 
@@ -202,3 +203,16 @@ def _check_variables(argnum, like, start):
     ' of the model as `argnums`, or nnx.DiffState(position, filter). Parameters that'
     ' are plain arrays are for `msam_optax.value_and_grad`.'
   )
+
+
+def _check_unshared(paths, start):
+  """Raises if a variable would have gradients at several paths."""
+  for path in paths:
+    if path not in start.state:
+      raise ValueError(
+        f'The variable at {names(path)} is at another place as well. Without graph'
+        ' updates NNX gives it a gradient at both, and the length of a perturbation'
+        ' would count it twice. Leave out `nnx.set_graph_updates(False)`, or split the'
+        ' model, `graph, params, rest = nnx.split(model, nnx.Param, ...)`, and let'
+        ' `loss_fn` take `params` and the others, and merge them.'
+      )
