@@ -204,12 +204,14 @@ def sharpness_aware(
     _checks.check_arrays(params)
     # Five arrays, not five times one: a donated buffer may be given only once.
     zeros = [jnp.zeros([], _numerics.wide_dtype(params)) for _ in range(5)]
+    # A combination remembers means, also where the params were cast to vary.
+    replicas = _devices.of_replicas(params, axis_name)
     return SharpnessAwareState(
       jnp.zeros([], jnp.int32),
       *zeros,
       finite=jnp.ones([], bool),
       metric_state=_passes.init_metric(setting, params),
-      combination_state=_passes.init_combination(setting, params),
+      combination_state=_passes.init_combination(setting, replicas),
     )
 
   def update(
@@ -287,7 +289,7 @@ def sharpness_aware(
       results = with_probes()
     else:
       due = _passes.is_due(begin, state.combination_state, space, setting)
-      results = jax.lax.cond(due, with_probes, without_probes)
+      results = _devices.either(due, with_probes, without_probes)
     new_updates, combination_state, metric_state, scalars = results
     new_state = SharpnessAwareState(
       count=optax.safe_increment(state.count),
