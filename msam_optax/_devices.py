@@ -148,6 +148,33 @@ def unless(
   return jax.lax.cond(usual, lambda: values, lambda: vary(otherwise()))
 
 
+def either(
+  condition: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]
+) -> Any:
+  """``lax.cond``, also where the branches vary along different manual axes.
+
+  Args:
+    condition: bool scalar.
+    if_true: returns a tree of arrays.
+    if_false: returns one like it.
+
+  Returns:
+    The tree of one of both, whose arrays vary along all axes that those of one of both
+    vary along.
+  """
+  if not jax.sharding.get_abstract_mesh().manual_axes:
+    return jax.lax.cond(condition, if_true, if_false)
+  axes = jax.tree.map(
+    lambda x, y: varying_axes(x) | varying_axes(y),
+    jax.eval_shape(if_true),
+    jax.eval_shape(if_false),
+  )
+  vary = lambda branch: jax.tree.map(
+    lambda x, a: as_varying(x, a - varying_axes(x)), branch(), axes
+  )
+  return jax.lax.cond(condition, lambda: vary(if_true), lambda: vary(if_false))
+
+
 def barrier(tree: Any) -> Any:
   """``optimization_barrier``, one for all leaves that vary along the same manual axes.
 
@@ -189,6 +216,22 @@ def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
   if hasattr(jax.lax, 'pcast'):
     return jax.lax.pcast(x, tuple(sorted(axes)), to='varying')
   return jax.lax.pvary(x, tuple(sorted(axes)))  # pyright: ignore
+
+
+def of_replicas(tree: Any, axis_name: Any) -> Any:
+  """Replicas as arrays that, by their types, are the same along the axis.
+
+  Args:
+    tree: arrays that are the same on all devices of the axis.
+    axis_name: the mapped axis or axes, or None.
+  """
+  names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+  def mean(x):
+    axes = varying_axes(x) & set(names) if _numerics.is_inexact(x) else ()
+    return jax.lax.pmean(x, tuple(sorted(axes))) if axes else x
+
+  return jax.tree.map(mean, tree)
 
 
 def varying_axes(x: Any) -> frozenset[str]:

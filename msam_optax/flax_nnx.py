@@ -4,17 +4,15 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
-import inspect
-import operator
 from typing import Any
-from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from msam_optax import _masks
+from msam_optax import _nnx_arguments
+from msam_optax import _nnx_losses
+from msam_optax import _nnx_passes
 from msam_optax import combinations
 from msam_optax import gradients
 from msam_optax import metrics
@@ -66,9 +64,9 @@ def value_and_grad(
     perturbation_dtype: floating dtype of the probe, by default that of the params.
     compile_once: whether to run both passes as two iterations of one loop, see
       :func:`msam_optax.value_and_grad`. The auxiliary output then holds arrays only,
-      and the pass may change the values of variables, and nothing else about the
-      model. What it does to those that are trained, as ``nnx.SpectralNorm`` does, is
-      lost without an error.
+      and the pass may change the values of variables, trained ones as well
+      (``nnx.SpectralNorm`` does), and nothing else about the model. What it changes is
+      seen by tracing ``loss_fn`` once more.
 
   Returns:
     A function with the arguments of ``loss_fn`` that returns ``(value, grads)``, or
@@ -103,21 +101,20 @@ def value_and_grad(
     Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
   """
   options = {
+    'mask': mask,
     'axis_name': axis_name,
     'sync_ascent': sync_ascent,
     'param_specs': param_specs,
     'perturbation_dtype': perturbation_dtype,
   }
-  _check_unbound(loss_fn)
+  _nnx_losses.check_unbound(loss_fn)
   # Raises early what it raises.
-  gradients.without_state(metric, rho, combination, mask=mask, **options)
-  passes = _in_one_loop if compile_once else _in_two_copies
+  gradients.without_state(metric, rho, combination, **options)
+  passes = _nnx_passes.in_one_loop if compile_once else _nnx_passes.in_two_copies
 
   def value_and_grad_at_probe(*args, **kwargs):
-    start = _start(loss_fn, args, kwargs, argnums, has_aux)
-    return passes(
-      start, metric, rho, combination, mask=_trained(mask, start), **options
-    )
+    start = _nnx_arguments.start(loss_fn, args, kwargs, argnums, has_aux)
+    return passes(start, metric, rho, combination, **options)
 
   # A loss function may be a module, whose attributes are not to be copied.
   return functools.update_wrapper(value_and_grad_at_probe, loss_fn, updated=())
@@ -212,23 +209,9 @@ def value_and_grad_fn(
     >>> print(f"{optax.tree.get(optimizer.opt_state, 'rise')[...]:.4f}")  # 0.05·√2
     0.0707
   """
-  _check_unbound(loss_fn)
-  start = _start(loss_fn, args, kwargs, argnums, has_aux)
-
-  def at(params):
-    probe = _by_path(params, start.argnums)
-    value, grads = _differentiated(start)(*_merge(start, probe))
-    grads = _by_path(grads, start.argnums)
-    if missing := [path for path in probe if path not in grads]:
-      raise ValueError(
-        'The gradients that `loss_fn` has are of other variables than those that are'
-        f' trained: they have none at {_names(missing[0])}. Where only some are'
-        ' trained, give the same `argnums=nnx.DiffState(position, filter)` here and to'
-        ' nnx.value_and_grad, and the same filter as `wrt` of nnx.Optimizer.'
-      )
-    return value[0] if has_aux else value, _fill(params, grads, start.argnums)
-
-  return at
+  _nnx_losses.check_unbound(loss_fn)
+  start = _nnx_arguments.start(loss_fn, args, kwargs, argnums, has_aux)
+  return _nnx_passes.of_params(start)
 
 
 def eval_model(
@@ -339,317 +322,7 @@ def _batch_norms(model):
 
 def _pure(tree):
   """A tree with an array instead of each variable."""
+  is_variable = _nnx_arguments.is_variable
   return jax.tree.map(
-    lambda x: x[...] if _is_variable(x) else x, tree, is_leaf=_is_variable
+    lambda x: x[...] if is_variable(x) else x, tree, is_leaf=is_variable
   )
-
-
-class _Start(NamedTuple):
-  """What a loss function is called with, as it is before the first pass.
-
-  Attributes:
-    loss_fn: the loss as a function of positional arguments, whose result is checked.
-    argnums: which of these are trained, as NNX takes it; none is negative.
-    has_aux: whether the loss function returns ``(scalar, aux)``.
-    inputs: the arguments themselves.
-    graph: what they are without their arrays.
-    state: copies of all variables (and arrays), by their paths in ``inputs``.
-    params: those that are trained, in the structure that NNX gives to gradients.
-  """
-
-  loss_fn: Callable[..., Any]
-  argnums: Any
-  has_aux: bool
-  inputs: tuple[Any, ...]
-  graph: Any
-  state: dict[Any, Any]
-  params: Any
-
-
-def _start(loss_fn, args, kwargs, argnums, has_aux):
-  args, kwargs = _positional(loss_fn, args, kwargs)
-
-  def checked(*inputs):
-    return _check_output(loss_fn(*inputs[:-1], **inputs[-1]), has_aux)
-
-  argnums = _check_argnums(argnums, len(args))
-  trained = [_position(argnum) for argnum in _tuple(argnums)]
-  inputs = tuple(
-    _without_floats(x) if i in trained else x for i, x in enumerate((*args, kwargs))
-  )
-  graph, state = nnx.split(inputs)
-  state = {path: _copy(x) for path, x in nnx.to_flat_state(state)}
-  start = _Start(checked, argnums, has_aux, inputs, graph, state, None)
-  return start._replace(params=_fill(_like_gradients(start), state, argnums))
-
-
-def _in_two_copies(start, metric, rho, combination, **options):
-  update = gradients.without_state(metric, rho, combination, **options)
-  differentiate = _differentiated(start)
-  value, grads = differentiate(*start.inputs)
-
-  def grad_fn(probe):
-    return differentiate(*_merge(start, _by_path(probe, start.argnums)))[1]
-
-  return value, update(grads, start.params, grad_fn)
-
-
-def _in_one_loop(start, metric, rho, combination, **options):
-  def pure(params):
-    """The loss, and what the pass has changed, as functions of arrays."""
-    trained = _by_path(params, start.argnums)
-    inputs = _merge(start, trained)
-    before = nnx.graphdef(inputs), _arrays(inputs)
-    output = start.loss_fn(*inputs)
-    value, aux = output if start.has_aux else (output, None)
-    _check_arrays(aux)
-    return value, (aux, _changed(inputs, before, trained))
-
-  value_and_grad_of = gradients.value_and_grad(
-    pure, metric, rho, combination, has_aux=True, compile_once=True, **options
-  )
-  (value, (aux, changed)), grads = value_and_grad_of(start.params)
-  nnx.update(start.inputs, changed)
-  return (value, aux) if start.has_aux else value, grads
-
-
-def _differentiated(start):
-  return nnx.value_and_grad(start.loss_fn, argnums=start.argnums, has_aux=start.has_aux)
-
-
-def _positional(loss_fn, args, kwargs):
-  """As many arguments by position as can be, as NNX does."""
-  if not kwargs:
-    return args, kwargs
-  try:
-    bound = inspect.signature(loss_fn).bind(*args, **kwargs)
-  except (TypeError, ValueError):  # The call says better what is wrong.
-    return args, kwargs
-  return bound.args, bound.kwargs
-
-
-def _like_gradients(start):
-  """The structure that NNX gives to gradients, without arrays."""
-
-  def structure():
-    zero = nnx.grad(lambda *inputs: jnp.zeros(()), argnums=start.argnums)
-    return zero(*_merge(start))
-
-  try:
-    like = jax.eval_shape(structure)
-  except TypeError as error:
-    error.add_note(
-      'These are gradients of all variables, as NNX takes them in tree mode. Split the'
-      ' model, `graph, params, rest = nnx.split(model, nnx.Param, ...)`, and let'
-      ' `loss_fn` take `params` and the others, and merge them.'
-    )
-    raise
-  several = isinstance(start.argnums, tuple)
-  for argnum, part in zip(
-    _tuple(start.argnums), like if several else (like,), strict=True
-  ):
-    _check_variables(argnum, part, start)
-  return like
-
-
-def _trained(mask, start):
-  """A mask that leaves out what has gradients in tree mode and is no parameter."""
-
-  def trained(node):
-    if _is_variable(node) or not _is_node(node):
-      return True
-    return jax.tree.map(
-      lambda x: jax.tree.map(lambda _: isinstance(x, nnx.Param), x),
-      node,
-      is_leaf=_is_variable,
-    )
-
-  has_param = _masks.resolve_mask(
-    jax.tree.map(trained, start.params, is_leaf=_is_node), start.params
-  )
-  if all(jax.tree.leaves(has_param)):
-    return mask
-  return jax.tree.map(operator.and_, _masks.resolve_mask(mask, start.params), has_param)
-
-
-def _is_variable(x):
-  return isinstance(x, nnx.Variable)
-
-
-def _is_node(x):
-  return _is_variable(x) or nnx.graph.is_graph_node(x)
-
-
-def _without_floats(tree):
-  """Numbers as arrays, which they are to a gradient."""
-  return jax.tree.map(
-    lambda x: jnp.asarray(x) if isinstance(x, float) else x, tree, is_leaf=_is_node
-  )
-
-
-def _copy(leaf):
-  """A variable that does not change with the one that it is of."""
-  return jax.tree.map(lambda x: x, leaf)
-
-
-def _merge(start, params=()):
-  """New arguments as at the start, but for some parameters, by their paths."""
-  params = dict(params)
-  leaves = []
-  for path, x in start.state.items():
-    new = jax.tree.leaves(params.get(path, x))
-    leaves.append((path, jax.tree.unflatten(jax.tree.structure(x), new)))
-  return nnx.merge(start.graph, nnx.from_flat_state(leaves))
-
-
-def _by_path(tree, argnums):
-  """The leaves of parameters or gradients by their paths in the arguments."""
-  flat: list[tuple[Any, Any]] = list(nnx.to_flat_state(nnx.state((tree,))))
-  if isinstance(argnums, tuple):
-    return {(_position(argnums[path[1]]), *path[2:]): x for path, x in flat}
-  return {(_position(argnums), *path[1:]): x for path, x in flat}
-
-
-def _fill(tree, leaves, argnums):
-  """A tree with other leaves, which are given by their paths in the arguments."""
-  numbers = [np.asarray(i) for i in range(len(jax.tree.leaves(tree)))]
-  structure = jax.tree.structure(tree)
-  filled = list(numbers)
-  for path, place in _by_path(structure.unflatten(numbers), argnums).items():
-    new = jax.tree.leaves(leaves[path])
-    for i, x in zip(jax.tree.leaves(place), new, strict=True):
-      filled[int(i)] = x
-  return structure.unflatten(filled)
-
-
-def _arrays(node):
-  """The arrays in each variable and attribute, by its path.
-
-  Those in containers are left out: what a function does to its copy of a tuple or dict
-  is not seen by its caller.
-  """
-  bare = jax.tree.map(lambda x: None if _is_node(x) else x, node, is_leaf=_is_node)
-  containers = dict(nnx.to_flat_state(nnx.state(bare)))
-  return {
-    path: jax.tree.leaves(x)
-    for path, x in nnx.to_flat_state(nnx.state(node))
-    if path not in containers
-  }
-
-
-def _changed(node, before, trained):
-  """The variables that hold other arrays than before, but for the trained ones."""
-  graph, arrays = before
-  if nnx.graphdef(node) != graph:
-    raise ValueError(
-      'With `compile_once=True` the loss function may change the values of variables,'
-      ' and nothing else about its arguments: no new variables (`sow`, `nnx.pop`), no'
-      ' other attributes (`model.eval()`, counters that are plain numbers). Do that'
-      ' outside of it, or leave `compile_once` out.'
-    )
-  ids = lambda leaves: [id(x) for x in leaves]
-  after = _arrays(node)
-  return nnx.from_flat_state(
-    [
-      (path, x)
-      for path, x in nnx.to_flat_state(nnx.state(node))
-      if path in after and path not in trained and ids(after[path]) != ids(arrays[path])
-    ]
-  )
-
-
-def _tuple(argnums):
-  return argnums if isinstance(argnums, tuple) else (argnums,)
-
-
-def _position(argnum):
-  return argnum.argnum if isinstance(argnum, nnx.DiffState) else argnum
-
-
-def _names(path):
-  """A path in the arguments, for messages."""
-  return ''.join(f'[{name!r}]' for name in path[1:])
-
-
-def _check_unbound(loss_fn):
-  owner = getattr(loss_fn, '__self__', None)
-  if isinstance(owner, nnx.Module):
-    kind, name = type(owner).__name__, loss_fn.__name__
-    raise ValueError(
-      f'`loss_fn` is a method of a {kind}, which would not be an argument of it, and'
-      f' both passes would change it. Give `{kind}.{name}`, and the {kind} as first'
-      ' argument.'
-    )
-
-
-def _check_argnums(argnums, count):
-  """``argnums`` as NNX takes it, with positions from the front."""
-
-  def check(argnum):
-    position = _position(argnum)
-    if isinstance(position, bool) or not isinstance(position, (int, np.integer)):
-      raise TypeError(
-        '`argnums` must be the position of a model, nnx.DiffState(position, filter), or'
-        f' a sequence of these, got {argnums!r}.'
-      )
-    if not -count <= position < count:
-      raise ValueError(
-        f'`argnums` says that the model is the positional argument number {position} of'
-        f' `loss_fn`, but there are {count}.'
-      )
-    position = int(position) % count
-    return (
-      nnx.DiffState(position, argnum.filter)
-      if isinstance(argnum, nnx.DiffState)
-      else position
-    )
-
-  if not isinstance(argnums, (tuple, list)):
-    return check(argnums)
-  if not argnums:
-    raise ValueError('`argnums` is empty: give the position of the model.')
-  return tuple(check(argnum) for argnum in argnums)
-
-
-def _check_variables(argnum, like, start):
-  """Raises unless there are parameters at a position."""
-  nodes = jax.tree.leaves(like, is_leaf=_is_variable)
-  if any(_is_variable(x) for x in nodes):
-    return
-  model = start.inputs[_position(argnum)]
-  wrt = argnum.filter if isinstance(argnum, nnx.DiffState) else nnx.Param
-  raise ValueError(
-    f'The argument number {_position(argnum)} of `loss_fn`, of type'
-    f' {type(model).__name__}, has no variables of the type {wrt!r}: give the position'
-    ' of the model as `argnums`, or nnx.DiffState(position, filter). Parameters that'
-    ' are plain arrays are for `msam_optax.value_and_grad`.'
-  )
-
-
-def _check_output(output, has_aux):
-  if has_aux and not (isinstance(output, tuple) and len(output) == 2):
-    raise TypeError(
-      'With `has_aux=True` `loss_fn` must return `(loss, aux)`, but it returns a'
-      f' {type(output).__name__}.'
-    )
-  if not has_aux and isinstance(output, tuple):
-    raise TypeError(
-      '`loss_fn` must return the loss, a scalar, but it returns a tuple. If that is'
-      ' `(loss, aux)`, give `has_aux=True`.'
-    )
-  value: Any = output[0] if has_aux else output
-  if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value):
-    raise TypeError(
-      'The loss that `loss_fn` returns must be a scalar, but it is a'
-      f' {jax.tree.map(jnp.shape, value)}.'
-    )
-  return output
-
-
-def _check_arrays(aux):
-  for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
-    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
-      raise TypeError(
-        'With `compile_once=True` the auxiliary output that `loss_fn` returns must hold'
-        f' arrays only, but {_masks.at_path(path)} there is a {type(leaf).__name__}.'
-      )

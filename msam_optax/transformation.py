@@ -204,12 +204,14 @@ def sharpness_aware(
     _checks.check_arrays(params)
     # Five arrays, not five times one: a donated buffer may be given only once.
     zeros = [jnp.zeros([], _numerics.wide_dtype(params)) for _ in range(5)]
+    # A combination remembers means, also where the params were cast to vary.
+    replicas = _devices.of_replicas(params, axis_name)
     return SharpnessAwareState(
       jnp.zeros([], jnp.int32),
       *zeros,
       finite=jnp.ones([], bool),
       metric_state=_passes.init_metric(setting, params),
-      combination_state=_passes.init_combination(setting, params),
+      combination_state=_passes.init_combination(setting, replicas),
     )
 
   def clean_pass(evaluate, updates, state, params, value, extra_args):
@@ -300,7 +302,7 @@ def sharpness_aware(
       new_updates, recorded = with_probes()
     else:
       due = _passes.is_due(clean.begin, state.combination_state, space, setting)
-      new_updates, recorded = jax.lax.cond(due, with_probes, without_probes)
+      new_updates, recorded = _devices.either(due, with_probes, without_probes)
     new_state = SharpnessAwareState(
       count=optax.safe_increment(state.count),
       finite=spaces.all_finite(new_updates, param_specs),

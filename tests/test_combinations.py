@@ -1188,13 +1188,15 @@ def test_probes_that_are_not_due_under_vmap():
 
 @cpu
 @pytest.mark.parametrize(
-  'kind', slow_unless(('checked',), ('vmap', 'unchecked', 'checked'))
+  'kind', slow_unless(('checked',), ('vmap', 'unchecked', 'checked', 'checked, cast'))
 )
 def test_probes_that_are_not_due_on_replicas(kind):
   steps = look_sam_steps(axis_name='i')
-  if kind == 'checked':
-    # The params that a loop carries are those that the means leave equal.
-    params, state = replicated_look_sam()(make_params(), make_data())
+  if kind.startswith('checked'):
+    # The params that a loop carries are those that the means leave equal, or were cast
+    # before the state was made of them.
+    cast = kind == 'checked, cast'
+    params, state = replicated_look_sam(cast)(make_params(), make_data())
   else:
     params, state = KINDS[kind](steps)(make_params(), make_data())
   path, slopes = look_sam_truth(12, consecutive(PARTS))
@@ -1204,15 +1206,17 @@ def test_probes_that_are_not_due_on_replicas(kind):
     np.testing.assert_allclose(state.slope[i], slopes, rtol=1e-5)
 
 
-def replicated_look_sam():
-  """In a checked ``shard_map``: the params are cast where gradients are taken."""
+def replicated_look_sam(cast):
+  """In a checked ``shard_map``: params are cast first, or where gradients are taken."""
   tx = msam_optax.sharpness_aware(METRICS['monge'][0], RHO, look_sam(), axis_name='i')
 
   def steps(params, data):
+    params = vary(params) if cast else params
+
     def step(carry, _):
       params, state = carry
       grad_fn = jax.grad(lambda p: loss(p, data))
-      own = vary(params)
+      own = params if cast else vary(params)
       updates, state = tx.update(grad_fn(own), state, own, grad_fn=grad_fn)
       params = jax.tree.map(lambda w, u: w - RATE * u, params, updates)
       return (params, state), (params, state)
