@@ -64,8 +64,6 @@ KINDS = {
 
 
 every_kind = pytest.mark.parametrize('kind', KINDS)
-
-
 without_pmap_warning = pytest.mark.filterwarnings('ignore:.*pmap.*')
 
 

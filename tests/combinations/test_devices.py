@@ -116,8 +116,6 @@ def test_sharded_arrays_under_jit(name, way):
 
 # The loss Σ hᵢwᵢ⁴/4 of parameters of which each device has a part.
 STIFFNESS = np.linspace(0.5, 2.0, 8)
-
-
 WHOLE = {'part': np.linspace(-1.0, 1.5, 8), 'all': np.array([0.4, -0.7])}
 
 

@@ -68,18 +68,8 @@ def ways(*quick):
 
 
 every_combination = names(*COMBINATIONS)
-
-
 every_way = ways(*WAYS)
-
-
 every_metric = pytest.mark.parametrize('metric', METRICS)
-
-
 passes = pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
-
-
 both_syncs = pytest.mark.parametrize('sync', [False, True], ids=['own', 'synced'])
-
-
 both_orders = pytest.mark.parametrize('vectorize', [False, True], ids=['scan', 'vmap'])
