@@ -21,7 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msam_optax import _combination_contract
 from msam_optax import _contracts
+from msam_optax import _method_contract
+from msam_optax import _metric_contract
 from msam_optax import combinations
 from msam_optax import metrics
 
@@ -104,9 +107,13 @@ def assert_metric(
   """
   _contracts.check_example(grads, params)
   check = functools.partial(
-    _contracts.check_ascent, metric, matrix=matrix, rtol=rtol, extra_args=extra_args
+    _metric_contract.check_ascent,
+    metric,
+    matrix=matrix,
+    rtol=rtol,
+    extra_args=extra_args,
   )
-  call = functools.partial(_contracts.ascend, metric, extra_args=extra_args)
+  call = functools.partial(_metric_contract.ascend, metric, extra_args=extra_args)
   state, ascent = check(grads, params, 'gradients as given')
   with _contracts.promise('A metric is pure: the same arguments give the same again.'):
     chex.assert_trees_all_equal(call(grads, state, params)[0], ascent)
@@ -133,15 +140,15 @@ def assert_metric(
 
   if len(jax.tree.leaves(grads)) > 1:
     for path, _ in jax.tree_util.tree_leaves_with_path(grads):
-      _contracts.check_masked(check, call, metric, grads, params, path, rtol)
+      _metric_contract.check_masked(check, call, metric, grads, params, path, rtol)
   if sharded:
-    _contracts.check_sharded(metric, grads, params, ascent, rtol, extra_args)
+    _metric_contract.check_sharded(metric, grads, params, ascent, rtol, extra_args)
 
   with _contracts.promise('A gradient that is not finite does not stay in the state.'):
     _, marked = call(_contracts.with_entry(grads, jnp.nan), state, params)
     after, _ = call(grads, marked, params)
     chex.assert_tree_all_finite(after)
-  _contracts.check_compiled(call, grads, params, state, rtol)
+  _metric_contract.check_compiled(call, grads, params, state, rtol)
 
 
 def assert_combination(
@@ -216,7 +223,9 @@ def assert_combination(
   if combination.due is not None:
     sets['`(g,)` alone'] = grads[:1]
   for name, given in sets.items():
-    _contracts.check_combined(combination, given, params, name, magnitudes, rtol)
+    _combination_contract.check_combined(
+      combination, given, params, name, magnitudes, rtol
+    )
 
 
 def assert_method(
@@ -283,11 +292,11 @@ def assert_method(
   def half_square(p):
     return jax.tree.map(lambda x: 0.5 * x, p)
 
-  _contracts.check_update_types(tx, params, grads, 'params as given', half_square)
+  _method_contract.check_update_types(tx, params, grads, 'params as given', half_square)
   for name in _contracts.dtypes():
     where = f'params in {name}'
     cast = _contracts.cast(params, name)
-    _contracts.check_update_types(
+    _method_contract.check_update_types(
       tx, cast, _contracts.cast(grads, name), where, half_square
     )
 
@@ -295,10 +304,10 @@ def assert_method(
     kwargs = kwargs or {'grad_fn': jax.grad(loss_fn)}
     return tx.update(jax.grad(loss_fn)(params), state, params, **kwargs)
 
-  _contracts.check_arguments(update, params, state, loss_fn, rtol)
-  _contracts.check_transformed(tx, update, params, state, rtol)
-  _contracts.check_chained(tx, params, state, loss_fn)
-  _contracts.check_probe_gradient(tx, params, grads, state)
+  _method_contract.check_arguments(update, params, state, loss_fn, rtol)
+  _method_contract.check_transformed(tx, update, params, state, rtol)
+  _method_contract.check_chained(tx, params, state, loss_fn)
+  _method_contract.check_probe_gradient(tx, params, grads, state)
 
 
 def assert_invariant(
@@ -358,7 +367,7 @@ def assert_invariant(
 
   def ascend(metric, loss_fn, w):
     grads = jax.grad(loss_fn)(w)
-    return _contracts.ascend(metric, grads, metric.init(w), w, extra_args={})[0]
+    return _metric_contract.ascend(metric, grads, metric.init(w), w, extra_args={})[0]
 
   with _contracts.promise('The metric can be called in both coordinates.'):
     direct = ascend(metric, loss_fn, w)

@@ -32,6 +32,33 @@ def hasty_compiler():
     os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 
 
+@pytest.fixture
+def compile_in_a_hurry():
+  """In a hurry wherever it runs, for steps that are taken only a few times."""
+  yield from _in_a_hurry(True)
+
+
+@pytest.fixture
+def compile_as_users_do():
+  """For what is said of the programs themselves."""
+  yield from _in_a_hurry(False)
+
+
+def _in_a_hurry(hurry):
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', hurry)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
+
+
+@pytest.fixture(autouse=True)
+def the_hurry_goes_on():
+  """Else a test would make all that come after it in its process slow, unseen."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  yield
+  assert jax.config.read('jax_disable_most_optimizations') == before
+
+
 @pytest.fixture(autouse=True, scope='session')
 def precise_products():
   """A GPU would multiply with 10 bits, a TPU with 8, and the tests compare 20."""

@@ -110,14 +110,6 @@ def test_stored_parameters_come_back(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(other))
 
 
-@pytest.fixture
-def compile_in_a_hurry():
-  """Half the time to compile, for steps that are taken only a few times."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def stored(folder):
   """All runs by name, without how long they took."""
   runs = {path.name: json.loads(path.read_text()) for path in folder.glob('*.json')}

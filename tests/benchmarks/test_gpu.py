@@ -54,15 +54,8 @@ def weigh_toy(left, reserve):
   )
 
 
-@pytest.fixture
-def quick_to_compile():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures('quick_to_compile')
+@pytest.mark.usefixtures('compile_in_a_hurry')
 def test_smoke_run_writes_all_parts(tmp_path, capsys):
   assert run(tmp_path, '--budget', '3600') == 0
   results, table = read(tmp_path), (tmp_path / 'gpu.md').read_text()

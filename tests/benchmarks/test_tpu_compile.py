@@ -7,7 +7,6 @@ layer, so that it is compiled in seconds; `benchmarks.tpu_compile` has a large o
 import functools
 import importlib.util
 
-import jax
 import pytest
 
 from benchmarks.common.steps import DROP_IN
@@ -39,13 +38,9 @@ pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)
-def as_users_compile(monkeypatch):
-  """Not in the hurry of other tests; libtpu ends the process on a flag of the CPU's."""
+def without_flags_of_the_cpu(monkeypatch, compile_as_users_do):
+  """On them libtpu ends the process."""
   monkeypatch.delenv('XLA_FLAGS', raising=False)
-  in_a_hurry = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', False)
-  yield
-  jax.config.update('jax_disable_most_optimizations', in_a_hurry)
 
 
 SMALL = Sizes(layers=1, width=512, vocabulary=8192, length=512)

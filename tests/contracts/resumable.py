@@ -1,8 +1,8 @@
-"""A training that is killed and resumed, as a program of its own.
+"""Trainings that are killed and resumed, as a program of its own.
 
-``python -m tests.contracts.resumable <name> <directory> kill`` trains half of the
-steps, saves, and is killed; ``… resume`` goes on from there in another process and
-saves the end.
+``python -m tests.contracts.resumable kill <directory> <name> …`` trains half of the
+steps of each, saves, and is killed; ``resume`` instead of ``kill`` goes on from there
+in another process and saves the ends.
 """
 
 import functools
@@ -104,15 +104,17 @@ def restore(path: pathlib.Path, like: Any) -> Any:
     return checkpointer.restore(path, jax.eval_shape(lambda: like))
 
 
-def main(name: str, directory: str, action: str) -> None:
-  half, end = (pathlib.Path(directory) / x for x in ('half', 'end'))
+def main(action: str, directory: str, *names: str) -> None:
   if jax.default_backend() != 'cpu':  # As in the tests, which compare with it.
     jax.config.update('jax_default_matmul_precision', 'highest')
+  for name in names:
+    half, end = (pathlib.Path(directory) / name / x for x in ('half', 'end'))
+    if action == 'kill':
+      save(half, train(name, init(name), 0, HALF))
+    else:
+      save(end, train(name, restore(half, init(name)), HALF, STEPS))
   if action == 'kill':
-    save(half, train(name, init(name), 0, HALF))
     os.kill(os.getpid(), signal.SIGKILL)
-  else:
-    save(end, train(name, restore(half, init(name)), HALF, STEPS))
 
 
 if __name__ == '__main__':

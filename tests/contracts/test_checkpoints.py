@@ -44,8 +44,8 @@ ROUTES = {
 }
 
 
-def run(name, directory, action):
-  command = [sys.executable, '-m', resumable.__name__, name, str(directory), action]
+def run(action, directory, names):
+  command = [sys.executable, '-m', resumable.__name__, action, str(directory), *names]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -75,13 +75,23 @@ def test_round_trip(trained, route, tmp_path):
 KILLED = ('msam', 'look_sam', 'sparse_sam', 'alpha_schedule', 'inject_hyperparams')
 
 
+@pytest.fixture(scope='module')
+def resumed(tmp_path_factory):
+  """Where one process has ended what another, which was killed, had begun.
+
+  All of them in two processes, whose start takes longer than their training.
+  """
+  directory = tmp_path_factory.mktemp('killed')
+  killed = run('kill', directory, KILLED)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  resumed = run('resume', directory, KILLED)
+  assert resumed.returncode == 0, resumed.stderr
+  return directory
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', KILLED)
-def test_killed_run_resumes_bit_for_bit(name, tmp_path):
-  killed = run(name, tmp_path, 'kill')
-  assert killed.returncode == -signal.SIGKILL, killed.stderr
-  resumed = run(name, tmp_path, 'resume')
-  assert resumed.returncode == 0, resumed.stderr
+def test_killed_run_resumes_bit_for_bit(name, resumed):
   uninterrupted = resumable.train(name, resumable.init(name), 0, resumable.STEPS)
-  result = resumable.restore(tmp_path / 'end', uninterrupted)
+  result = resumable.restore(resumed / name / 'end', uninterrupted)
   assert_identical(result, uninterrupted)
