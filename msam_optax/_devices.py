@@ -113,15 +113,17 @@ def unless(
   otherwise: Callable[[], Sequence[jax.Array]],
   reads: Any,
 ) -> list[jax.Array]:
-  """``values`` as they are where a condition holds, and ``otherwise()`` where not.
+  """``otherwise()``, but on a CPU ``values`` where a condition says that they are that.
 
-  Only one of both is computed, except under ``vmap``, and where shardings are a part of
-  types, since JAX cannot map conditionals over such arrays there. The branch of the
-  values computes nothing: on a GPU XLA makes a selection of a short conditional, and so
-  computes both branches, unless one is empty.
+  A CPU takes each sum in a pass of its own, and skips those of ``otherwise()`` then.
+  An accelerator takes several in one pass. There a conditional would cost a GPU a wait
+  for the host, and a TPU copies of all that it reads, in other layouts.
+
+  Under ``vmap`` both are computed, and where shardings are a part of types
+  ``otherwise()`` is, since JAX cannot map conditionals over such arrays.
 
   Args:
-    usual: bool scalar.
+    usual: bool scalar, whether ``values`` are what ``otherwise()`` returns.
     values: arrays.
     otherwise: returns others like them, and sends no messages: the condition may hold
       on some devices only.
@@ -141,11 +143,12 @@ def unless(
   vary = lambda xs: [
     as_varying(x, a - varying_axes(x)) for x, a in zip(xs, axes, strict=True)
   ]
-  values = vary(values)
   if any(explicit_sharding(x) is not None for x in jax.tree.leaves(reads)):
-    pairs = zip(values, vary(otherwise()), strict=True)
-    return [jnp.where(usual, x, y) for x, y in pairs]
-  return jax.lax.cond(usual, lambda: values, lambda: vary(otherwise()))
+    return vary(otherwise())
+  return jax.lax.platform_dependent(
+    cpu=lambda: jax.lax.cond(usual, lambda: vary(values), lambda: vary(otherwise())),
+    default=lambda: vary(otherwise()),
+  )
 
 
 def either(

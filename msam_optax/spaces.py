@@ -220,7 +220,13 @@ def _sums(arrays):
   first = arrays[0]
   add = lambda a, b: tuple(map(jnp.add, a, b))
   zeros = (jnp.zeros([], first.dtype),) * len(arrays)
-  return jax.lax.reduce(tuple(arrays), zeros, add, range(first.ndim))
+  return jax.lax.platform_dependent(
+    tuple(arrays),
+    cpu=lambda arrays: tuple(jax.lax.reduce(arrays, zeros, add, range(first.ndim))),
+    # Elsewhere XLA makes one pass of several sums by itself, and a TPU's compiler keeps
+    # in memory what goes into a single reduction of several arrays.
+    default=lambda arrays: tuple(map(jnp.sum, arrays)),
+  )
 
 
 def _length(tree, make, param_specs):
