@@ -173,6 +173,20 @@ def test_a_probe_in_another_dtype_leaves_the_dtype_of_the_parameters(once):
   np.testing.assert_allclose(got, w / np.linalg.norm(w), rtol=2.0**-7)
 
 
+@passes
+@pytest.mark.parametrize('rows', [np.arange(8) < 4, {'which': np.arange(8) < 4}])
+def test_numbers_among_the_arguments_are_known(rows, once):
+  """A loss function may choose rows by a mask of NumPy, whose size is to be known."""
+
+  def loss_fn(model, rows):
+    rows = rows['which'] if isinstance(rows, dict) else rows
+    return jnp.mean((model(X[np.flatnonzero(rows)]) - 1) ** 2)
+
+  got = flax_nnx.value_and_grad(loss_fn, rho=0.3, compile_once=once)(Normalised(), rows)
+  same = lambda model: jnp.mean((model(X[:4]) - 1) ** 2)
+  chex.assert_trees_all_close(got, flax_nnx.value_and_grad(same, rho=0.3)(Normalised()))
+
+
 def stack(transform):
   """Three layers in a loop, as a model with arrays of three."""
 
