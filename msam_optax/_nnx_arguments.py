@@ -76,7 +76,7 @@ def merge(start: Start, values: Mapping[Any, Any] | None = None) -> tuple[Any, .
   values = {} if values is None else values
   leaves = []
   for path, x in start.state.items():
-    new = jax.tree.leaves(values.get(path, x))
+    new = jax.tree.leaves(_copy(values.get(path, x)))
     leaves.append((path, jax.tree.unflatten(jax.tree.structure(x), new)))
   return nnx.merge(start.graph, nnx.from_flat_state(leaves))
 
@@ -149,8 +149,13 @@ def _without_floats(tree):
 
 
 def _copy(leaf):
-  """A variable that does not change with the one that it is of."""
-  return jax.tree.map(lambda x: x, leaf)
+  """A variable that does not change with the one that it is of.
+
+  ``variable[...] += 1`` changes an array of NumPy, as checkpoints have them, in place.
+  """
+  if not is_variable(leaf):
+    return leaf
+  return jax.tree.map(lambda x: np.copy(x) if isinstance(x, np.ndarray) else x, leaf)
 
 
 def _position(argnum):

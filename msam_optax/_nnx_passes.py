@@ -149,11 +149,13 @@ def _changes(start):
 
   For that a pass is traced in the dtypes of the parameters; the probe may have others.
   What is in containers is left out: what a function does to its copy of a tuple or dict
-  is not seen by its caller.
+  is not seen by its caller. A function that needs the numbers in them still has them.
   """
+  outside = _in_containers(start.inputs)
+  variables = {path: x for path, x in start.state.items() if path not in outside}
 
   def one_pass(before):
-    inputs = _nnx_arguments.merge(start, dict(zip(start.state, before, strict=True)))
+    inputs = _nnx_arguments.merge(start, dict(zip(variables, before, strict=True)))
     graph = nnx.graphdef(inputs)
     output = start.loss_fn(*inputs)
     if start.has_aux:
@@ -166,20 +168,19 @@ def _changes(start):
         ' outside of it, or leave `compile_once` out.'
       )
     after = _flat(inputs)
-    return [jax.tree.leaves(after[path]) for path in start.state]
+    return [jax.tree.leaves(after[path]) for path in variables]
 
-  before = [jax.tree.leaves(x) for x in start.state.values()]
+  before = [jax.tree.leaves(x) for x in variables.values()]
   program, after = jax.make_jaxpr(one_pass, return_shape=True)(before)
   number, source = itertools.count(), iter(_forwarding.sources(program.jaxpr))
   unchanged = [
     [next(number) for _ in old] == [next(source) for _ in new]
     for old, new in zip(before, after, strict=True)
   ]
-  outside = _in_containers(start.inputs)
   return {
     path: [x.dtype for x in new]
-    for path, new, same in zip(start.state, after, unchanged, strict=True)
-    if not same and path not in outside
+    for path, new, same in zip(variables, after, unchanged, strict=True)
+    if not same
   }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from msam_optax import _forwarding
+from msam_optax import combinations
 from msam_optax import flax_nnx
 from tests.test_flax_nnx_containers import MODES
 from tests.test_flax_nnx_containers import modes
@@ -171,6 +172,37 @@ def test_a_probe_in_another_dtype_leaves_the_dtype_of_the_parameters(once):
   w = np.array([3.0, -1.0, 2.0])
   got = np.asarray(model.w[...], np.float64)
   np.testing.assert_allclose(got, w / np.linalg.norm(w), rtol=2.0**-7)
+
+
+@passes
+def test_a_counter_in_numpy_counts_once(once):
+  """A checkpoint that is read as NumPy's arrays has it; ``+=`` works in place."""
+  model, seen = Normalised(), []
+  model.count = nnx.Variable(np.zeros((), np.int32))
+
+  def loss_fn(model):
+    seen.append(model.count[...] + 0)
+    model.count[...] += 1
+    return mean_square(model)
+
+  curvature = combinations.curvature()
+  flax_nnx.value_and_grad(loss_fn, combination=curvature, compile_once=once)(model)
+  assert model.count[...] == 1
+  assert once or seen == [0, 0, 0]
+
+
+@passes
+@pytest.mark.parametrize('rows', [np.arange(8) < 4, {'which': np.arange(8) < 4}])
+def test_numbers_among_the_arguments_are_known(rows, once):
+  """A loss function may choose rows by a mask of NumPy, whose size is to be known."""
+
+  def loss_fn(model, rows):
+    rows = rows['which'] if isinstance(rows, dict) else rows
+    return jnp.mean((model(X[np.flatnonzero(rows)]) - 1) ** 2)
+
+  got = flax_nnx.value_and_grad(loss_fn, rho=0.3, compile_once=once)(Normalised(), rows)
+  same = lambda model: jnp.mean((model(X[:4]) - 1) ** 2)
+  chex.assert_trees_all_close(got, flax_nnx.value_and_grad(same, rho=0.3)(Normalised()))
 
 
 def stack(transform):
