@@ -250,9 +250,10 @@ def _differentiable(make, axes, tree):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _length_of(make, axes, tree):
-  """One pass, unless the plain sum of squares is too large or has lost too much.
+  """In one pass: a sum of squares, of numbers that are scaled in three ways.
 
-  Only then the sum is taken again, of numbers that are scaled.
+  A CPU begins with the plain sum, and takes those only if it is too large or has lost
+  too much.
   """
   leaves = make(tree)
   zero = jnp.zeros([], _numerics.wide_dtype(leaves))

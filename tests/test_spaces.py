@@ -156,6 +156,21 @@ def test_the_norm_of_a_constant_of_a_program_is_right(scale):
   np.testing.assert_allclose(unit, [0.6, 0.8], rtol=1e-6)
 
 
+@pytest.fixture(params=['as here', 'as on an accelerator'])
+def on_both(request, monkeypatch):
+  """Accelerators have no conditionals, and sums one by one; a CPU can run that too."""
+  if request.param == 'as here':
+    yield
+    return
+  jax.clear_caches()
+  with monkeypatch.context() as patch:
+    choose = lambda *args, default, **on_platforms: default(*args)
+    patch.setattr(jax.lax, 'platform_dependent', choose)
+    yield
+  jax.clear_caches()
+
+
+@pytest.mark.usefixtures('on_both')
 @pytest.mark.parametrize('mapped', [False, True], ids=['one', 'vmap'])
 def test_the_norm_is_right_at_every_magnitude(mapped):
   """Also where some squares over- or underflow, and others do not."""
@@ -173,6 +188,7 @@ def test_the_norm_is_right_at_every_magnitude(mapped):
   np.testing.assert_allclose(units, rows / exact[:, None], rtol=1e-6)
 
 
+@pytest.mark.usefixtures('on_both')
 @pytest.mark.parametrize(
   'parts', [(0.0, 1e-30), (1e-30, 1e30), (1.0, 1e30), (0.0, 1.0)]
 )
@@ -213,6 +229,7 @@ def test_the_second_derivative_of_the_norm(n, inner, outer):
   np.testing.assert_allclose(n * hessian, np.eye(2) - np.outer(u, u), rtol=1e-5)
 
 
+@pytest.mark.usefixtures('on_both')
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.float16, jnp.complex64])
 def test_one_entry_that_is_not_finite_is_found(bad, dtype):

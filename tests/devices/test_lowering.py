@@ -109,6 +109,40 @@ def test_lowers_for(platform, method, interface, dtype):
   assert_exported(through_bytes(exported), platform, arguments)
 
 
+def conditionals(text):
+  """How many depend on data: for platforms JAX writes some with a constant index."""
+  constant, found = set(), 0
+  for result, index in re.findall(
+    r'(%\w+)(?::\d+)? = "stablehlo.case"\((%\w+)\)', text
+  ):
+    if index.startswith('%c') or index in constant:
+      constant.add(result)
+    else:
+      found += 1
+  return found
+
+
+@pytest.mark.parametrize('interface', INTERFACES)
+def test_conditionals_are_for_cpus(interface):
+  """A TPU would copy what they read, and a GPU wait for the host."""
+  step, *arguments = flat_problem('asam', interface, 'float32')
+
+  def count(platform):
+    exported = export.export(jax.jit(step), platforms=[platform])(*arguments)
+    return conditionals(str(exported.mlir_module()))
+
+  assert count('cpu') > 0
+  assert [count(platform) for platform in ACCELERATORS] == [0, 0, 0]
+
+
+def test_one_module_for_several_platforms():
+  step, *arguments = flat_problem('msam', 'chain', 'float32')
+  platforms = ['cpu', *ACCELERATORS]
+  exported = export.export(jax.jit(step), platforms=platforms)(*arguments)
+  here = through_bytes(exported).call(*arguments)
+  chex.assert_trees_all_close(here, jax.jit(step)(*arguments), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('method', 'interface', 'dtype'),
