@@ -202,6 +202,12 @@ def _check_variables(argnum, like, start):
     return
   model = start.inputs[_position(argnum)]
   wrt = argnum.filter if isinstance(argnum, nnx.DiffState) else nnx.Param
+  if nnx.to_flat_state(nnx.state((model,), wrt)):
+    raise ValueError(
+      f'All variables of the type {wrt!r} of the argument number {_position(argnum)} of'
+      ' `loss_fn` belong to an earlier one as well, which has their gradients: leave'
+      ' the number out of `argnums`.'
+    )
   raise ValueError(
     f'The argument number {_position(argnum)} of `loss_fn`, of type'
     f' {type(model).__name__}, has no variables of the type {wrt!r}: give the position'

@@ -404,6 +404,16 @@ def test_positions_that_are_empty_or_twice_the_same():
 
 
 @passes
+def test_the_same_model_at_two_positions_has_one_gradient(once):
+  both = flax_nnx.value_and_grad(
+    lambda a, b: of((a, b)), argnums=(0, 1), compile_once=once
+  )
+  model, _ = layers()
+  with pytest.raises(ValueError, match=r'number 1 of `loss_fn` belong to an earlier'):
+    both(model, model)
+
+
+@passes
 @pytest.mark.parametrize('held', [X, {'x': X}, 2.0, nnx.Dropout(0.5)], ids=type)
 def test_nothing_to_train(held, once):
   with pytest.raises(ValueError, match=r'argument number 0.*no variables of the type'):
