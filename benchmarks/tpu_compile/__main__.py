@@ -1,7 +1,7 @@
 """What a training step costs on TPUs, by the TPU compiler, which needs no TPU.
 
 Run `python -m benchmarks.tpu_compile` (with `pip install '.[tpu-compile]'`, on Linux).
-The step of a four-layer Flax transformer is compiled for slices of 4, 16 and 256 v5e
+The step of a four-layer Flax transformer is compiled for slices of 16 and 256 v5e
 chips: data-parallel, fully sharded, and in groups of chips, as pods are, that are fully
 sharded each. Of every program the compiler says what memory it needs; its operations
 and the messages that chips send each other are read from its text. A last table has
@@ -44,7 +44,7 @@ from benchmarks.tpu_compile import steps
 from benchmarks.tpu_compile.model import Sizes
 from benchmarks.tpu_compile.report import report
 
-TOPOLOGIES = ('v5e:2x2', 'v5e:4x4', 'v5e:16x16')
+TOPOLOGIES = ('v5e:4x4', 'v5e:16x16')
 SMALL = 4096  # Bytes: messages below are scalars, whatever the model's size.
 NOT_DONATED = 'nothing donated'
 
@@ -73,7 +73,6 @@ def cells(names: tuple[str, ...]) -> list[Cell]:
     for layout in (steps.FULLY_SHARDED, steps.DATA_PARALLEL, steps.GROUPED)
     for method in steps.METHODS
     if (layout != steps.FULLY_SHARDED or method not in steps.OWN_ASCENTS)
-    and (layout != steps.GROUPED or topology != 'v5e:2x2')
     and (
       method not in steps.MICROBATCHES
       or (topology == 'v5e:4x4' and layout in steps.MICROBATCHES[method])
