@@ -8,7 +8,7 @@ and the messages that chips send each other are read from its text. A last table
 what else may be done to the step that is compiled worst.
 
 Every program is stored as soon as it is compiled: after a kill the same command goes
-on from there. All of them take about an hour of one core. `--layers 8` has a deeper
+on from there. All of them take about 80 minutes of one core. `--layers 8` has a deeper
 model, in separate files.
 """
 
