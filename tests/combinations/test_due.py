@@ -1,5 +1,7 @@
 """Probes that are not due in every step, and combinations with a state."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -279,23 +281,20 @@ def test_the_state_of_a_combination_goes_through_optax_and_a_checkpoint():
 
 
 @pytest.mark.parametrize('once', [False, True], ids=['two copies', 'one loop'])
-def test_functions_refuse_what_needs_a_state(once):
-  stateful = look_sam()._replace(due=None)
-  value_and_grad_fn = msam_optax.value_and_grad(
-    loss, msam_optax.monge(), RHO, stateful, compile_once=once
+@pytest.mark.parametrize(
+  ('function', 'loss_fn', 'make'),
+  [
+    (msam_optax.value_and_grad, loss, make_params),
+    (flax_nnx.value_and_grad, model_loss, Model),
+  ],
+  ids=['jax', 'nnx'],
+)
+def test_functions_refuse_what_needs_a_state(function, loss_fn, make, once):
+  drop_in = functools.partial(
+    function, loss_fn, msam_optax.monge(), RHO, compile_once=once
   )
+  stateful = drop_in(combination=look_sam()._replace(due=None))
   with pytest.raises(ValueError, match=r'combination keeps a state .*`optax\.chain`'):
-    value_and_grad_fn(make_params(), make_data())
+    stateful(make(), make_data())
   with pytest.raises(ValueError, match=r'\(`due`\), and `value_and_grad` '):
-    msam_optax.value_and_grad(
-      loss, msam_optax.monge(), RHO, look_sam(), compile_once=once
-    )
-  value_and_grad_fn = flax_nnx.value_and_grad(
-    model_loss, msam_optax.monge(), RHO, stateful, compile_once=once
-  )
-  with pytest.raises(ValueError, match=r'combination keeps a state .*`optax\.chain`'):
-    value_and_grad_fn(Model(), make_data())
-  with pytest.raises(ValueError, match=r'\(`due`\), and `value_and_grad` '):
-    flax_nnx.value_and_grad(
-      model_loss, msam_optax.monge(), RHO, look_sam(), compile_once=once
-    )
+    drop_in(combination=look_sam())
