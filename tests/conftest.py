@@ -14,11 +14,13 @@ import os
 import jax
 import pytest
 
-IN_A_HURRY = 'XLA_FLAGS' not in os.environ
+WITHOUT_EMITTERS = '--xla_cpu_use_fusion_emitters=false'
+# A worker of pytest-xdist inherits what is set below.
+IN_A_HURRY = os.environ.get('XLA_FLAGS', WITHOUT_EMITTERS) == WITHOUT_EMITTERS
 # XLA ends the process on a flag that it does not know, as newer ones do not know this
 # one: they always use the emitters.
 if IN_A_HURRY and jax.__version_info__ < (0, 11):
-  os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false'
+  os.environ['XLA_FLAGS'] = WITHOUT_EMITTERS
 
 jax.config.update('jax_num_cpu_devices', 8)
 
@@ -57,6 +59,13 @@ def the_hurry_goes_on():
   before = jax.config.read('jax_disable_most_optimizations')
   yield
   assert jax.config.read('jax_disable_most_optimizations') == before
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs():
+  """Those of all tests would fill six gigabytes per process."""
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope='session')
