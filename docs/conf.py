@@ -5,19 +5,27 @@ from importlib import metadata
 import inspect
 import re
 
+from docutils import nodes
+from latex2mathml import converter
+
 project = 'msam_optax'
 author = copyright = 'the msam_optax authors'
 version = release = metadata.version('msam-optax')
 
 extensions = [
-  'myst_parser',
+  'myst_nb',
   'sphinx.ext.autodoc',
   'sphinx.ext.napoleon',
   'sphinx.ext.viewcode',
 ]
 html_theme = 'furo'
 html_title = project
+html_math_renderer = 'mathml'  # Browsers know it: no script that comes from elsewhere.
 pygments_dark_style = 'monokai'  # Furo's own underlines modules, as if they were links.
+
+# A test runs the notebooks; the pages show what is stored in them.
+nb_execution_mode = 'off'
+myst_enable_extensions = ['dollarmath']
 
 # Links to a heading, `scale.md#micro-batches`, resolve as they do on a code host.
 myst_heading_anchors = 3
@@ -94,7 +102,9 @@ def _first_line(thing):
 def _link_files(app, docname, source):
   """Leads to the pages that show a file, where a code host would show the file."""
   results = r'(?<!!)(\[[^\]]*\])\((?:\.\./benchmarks/)?results/(\w+)\.(?:md|png)\)'
-  text = re.sub(results, r'\1(results.md#\2)', source[0])
+  text = re.sub(results, r'\1(/results.md#\2)', source[0])
+  notebooks = r'\[([^\]]*)\]\(\.\./notebooks/(\w+)\.ipynb\)'
+  text = re.sub(notebooks, r'{doc}`\1 </notebooks/\2>`', text)
   text = text.replace('](../CONTRIBUTING.md', '](contributing.md')
   text = text.replace('](../benchmarks/README.md', '](benchmarks.md')
   source[0] = re.sub(r'\]\(((?:recipes/)?)(\w+)\.py\)', r'](\1code.md#\2)', text)
@@ -110,11 +120,23 @@ def _read_included(app, path, docname, source):
 
 def _link_pictures(app, doctree):
   """Makes each picture a link to itself: its labels are small at a page's width."""
+  if app.env.docname.startswith('notebooks/'):
+    return  # These were drawn for a page.
   for image in doctree.findall(lambda node: node.tagname == 'image'):
     image['width'] = '100%'
 
 
+def _math(display, html):
+  def visit(translator, node):
+    translator.body.append(html % converter.convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+  return visit, None
+
+
 def setup(app):
+  block = '<div style="padding: 0.5em 0">%s</div>'  # Else it has a scroll bar.
+  app.add_html_math_renderer('mathml', _math('inline', '%s'), _math('block', block))
   app.connect('missing-reference', _resolve_in_package)
   app.connect('autodoc-process-signature', _name_defaults_as_users_do)
   app.connect('autodoc-skip-member', _skip_fields)
