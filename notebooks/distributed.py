@@ -16,18 +16,18 @@
 # %% [markdown]
 # # Monge SAM on many devices
 #
-# A batch that is spread over devices has two meanings for a method that first goes
-# uphill. Either all devices go up **together**, along the gradient of the whole batch, or
-# each goes up **on its own**, along the gradient of its shard, and only the gradients at
-# the probes are averaged. The second is *m-sharpness*, with $m$ the number of shards: what
-# the [authors of SAM](https://arxiv.org/abs/2010.01412) ran, and it needs one reduction
+# When a batch is split over devices, SAM can mean two things. Either all devices share
+# **one** perturbation, from the gradient of the whole batch; or **each** device has its
+# own, from the gradient of its shard, and only the gradients at the probes are averaged.
+# The second is *m-sharpness*, where $m$ is the number of shards. The
+# [authors of SAM](https://arxiv.org/abs/2010.01412) used it, and it needs one reduction
 # less.
 #
-# Here are the four ways in which JAX uses many devices, with the line that differs from a
-# program for one device, and then what $m$ does to the radius of Monge SAM. The eight
-# devices are virtual, on one CPU. Leave out the line that makes them, and it is the same
-# code on a machine with eight TPU cores or GPUs. (Their matrix products round more: for the
-# comparisons set `jax_default_matmul_precision` to `'float32'` there.)
+# This notebook shows four ways in which JAX uses many devices, and in each the line that
+# differs from a program for one device. Then it shows how $m$ changes the radius of Monge
+# SAM. The eight devices are virtual, on one CPU. Without the line that creates them, the
+# same code runs on a machine with eight TPU cores or GPUs. (These round matrix products
+# more: set `jax_default_matmul_precision` to `'float32'` there for the comparisons.)
 
 # %%
 import sys
@@ -82,7 +82,7 @@ def loss_fn(params, data):
 
 
 # %% [markdown]
-# Both meanings by hand, on one device, from the formula: a loop over the shards.
+# Both of them by hand, from the formula, on one device: a loop over the shards.
 
 
 # %%
@@ -118,8 +118,8 @@ print(f'the two meanings differ by {difference(together, on_their_own):.0e}')
 # %% [markdown]
 # ## One device
 #
-# What follows is written for this step. (An optimizer goes behind `msam`, in
-# `optax.chain`, and changes nothing of it; there is one at the end.)
+# All sections below use this step. (An optimizer would follow `msam` in `optax.chain`, and
+# changes nothing here; the last section has one.)
 
 
 # %%
@@ -134,8 +134,8 @@ check('one device, the whole batch', grads, together)
 # %% [markdown]
 # ## `pmap`
 #
-# The devices are an axis with a name. `msam` is told the name, and averages the gradient at
-# the probe over it; `sync_ascent=True` averages the clean gradient, too.
+# The devices are an axis with a name. `msam` gets the name and averages the gradient at the
+# probe over this axis. With `sync_ascent=True` it also averages the clean gradient.
 
 # %%
 warnings.filterwarnings('ignore', message='.*pmap.*')  # it is on its way out of JAX
@@ -152,9 +152,9 @@ for sync, expected in {False: on_their_own, True: together}.items():
 # %% [markdown]
 # ## `shard_map`
 #
-# The same line, and a second one: inside a checked `shard_map` the gradient of replicated
-# parameters is the *sum* over all devices, before anyone asked for it. Cast the parameters
-# first, and each device has the gradient of its own shard. (Forget it, and `msam` says so.)
+# Two lines differ here. Inside a checked `shard_map`, JAX *sums* the gradient of replicated
+# parameters over all devices. Cast the parameters first, so that each device has the
+# gradient of its own shard. (If you forget it, `msam` raises an error.)
 
 # %%
 for sync, expected in {False: on_their_own, True: together}.items():
@@ -172,10 +172,10 @@ for sync, expected in {False: on_their_own, True: together}.items():
 # %% [markdown]
 # ## `jit` with sharded arrays
 #
-# In the step **no line differs**. Arrays lie on many devices, and the program means what it
-# means on one: the gradient is that of the whole batch, the norm that of the whole gradient,
-# whether the parameters are replicated (data parallel) or sharded themselves (fully
-# sharded). So here devices always go uphill together.
+# In the step **no line differs**. The arrays are sharded over many devices, but the program
+# computes the same as on one: the gradient of the whole batch and the norm of the whole
+# gradient, whether the parameters are replicated (data-parallel) or sharded themselves
+# (fully sharded). So all devices always share one perturbation.
 
 # %%
 put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
@@ -209,12 +209,12 @@ for layout, params_on_devices in layouts.items():
 #
 # ## m-sharpness without devices
 #
-# `value_and_grad(…, shards=m)` cuts the batch of *one* device into $m$ shards, each with a
-# probe of its own. So $m$ is a choice of yours, and not of the machine: what was trained on
-# eight devices can be trained on one, and the other way round.
+# `value_and_grad(…, shards=m)` splits the batch of *one* device into $m$ shards, each with
+# its own probe. So you choose $m$, not the machine: you can repeat on one device what was
+# trained on eight, and the reverse.
 #
-# Row $i$ of the batch is in micro-batch $i$ mod $m$, so that a sharded batch stays where it
-# is. To compare with the loop above, deal the rows out in that order first.
+# Row $i$ of the batch is in micro-batch $i$ mod $m$, so that a sharded batch stays in place.
+# To compare with the loop above, we first put the rows in that order.
 
 
 # %%
@@ -260,10 +260,11 @@ check('4 devices, shards=2', grads, on_their_own)
 # ## What $m$ does to ρ and α
 #
 # SAM divides by the norm of the gradient, so its radius is ρ for every $m$. The radius of
-# Monge SAM is $\rho/\sqrt{1+\alpha^2 n^2}$, and the gradients of shards are longer than that
-# of the batch: the norm of a mean is at most the mean of the norms. So **more shards make
-# Monge SAM more conservative** at the same ρ and α. We train for two hundred steps on eight
-# devices, and in every step measure, at the same parameters, what other $m$ would do.
+# Monge SAM is $\rho/\sqrt{1+\alpha^2 n^2}$, and on average the gradients of shards are longer
+# than the gradient of the batch, since the norm of a mean is at most the mean of the norms.
+# So **more shards make Monge SAM's perturbations shorter** at the same ρ and α. We train
+# for two hundred steps on eight devices. In every step we measure, at the same parameters,
+# the norms that other $m$ would have.
 
 # %%
 tx = optax.chain(msam(RHO, ALPHA, axis_name='i'), optax.sgd(0.5))
@@ -336,20 +337,20 @@ axes[1].legend(ncols=2, fontsize='small')
 plt.show()
 
 # %% [markdown]
-# If the number of devices changes, the same ρ and α are another method: with `shards=` or
-# `sync_ascent=True` $m$ can be kept as it was, or α chosen anew from what is logged.
-# `optax.tree.get(opt_state, 'slope')` is the mean over the shards, and α times it says how
-# much of ρ is left: the radius is $\rho\sqrt{1-(\alpha s)^2}$ at the slope $s$. That holds
-# for Monge SAM only; SAM goes equally far with every $m$, but not in the same direction.
+# If the number of devices changes, the same ρ and α give another method. Keep $m$ as it was
+# with `shards=` or `sync_ascent=True`, or choose α again from the logged slope:
+# `optax.tree.get(opt_state, 'slope')` is the mean over the shards, and at the slope $s$ the
+# radius is $\rho\sqrt{1-(\alpha s)^2}$. This concerns Monge SAM only: SAM's perturbation has
+# the same length for every $m$, but not the same direction.
 
 # %% [markdown]
 # ## What it costs
 #
-# Compiled by the TPU compiler for 16 and 256 v5e chips, a transformer of 118 M parameters
-# whose arrays are fully sharded needs, with both passes as two copies of the gradient,
-# 4.2 times the temporary memory of an Adam step on 16 chips, and more than a chip has on
-# 256. As one loop, `value_and_grad(..., compile_once=True)`, it needs 1.05 times and 1.00
-# times as much. With replicated parameters and an ascent of its own, each chip sends as
-# much as in plain training; together they send twice that. The table is in the
-# [results](../benchmarks/results/tpu_compile.md) of `python -m benchmarks.tpu_compile`,
-# which needs no TPU.
+# We compiled the step of a transformer with 118 M parameters, fully sharded, with the TPU
+# compiler for 16 and 256 v5e chips. With two copies of the gradient in the program, the
+# step needs 4.2 times the temporary memory of an Adam step on 16 chips, and more than a
+# chip has on 256. As one loop, `value_and_grad(..., compile_once=True)`, it needs 1.05 and
+# 1.00 times as much. With replicated parameters and one perturbation per chip, each chip
+# sends as much as in plain training; with a shared perturbation it sends twice as much. The
+# tables are in the [results](../benchmarks/results/tpu_compile.md) of
+# `python -m benchmarks.tpu_compile`, which needs no TPU.

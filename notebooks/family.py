@@ -14,10 +14,10 @@
 # %% [markdown]
 # # The sharpness-aware family
 #
-# A method is a **metric**, which says where the probe $w + \delta$ lies, times a
-# **combination**, which makes one update of the gradients. This notebook shows where
-# each metric goes, builds new methods from the parts, trains with several of them, and
-# counts what they cost.
+# A method consists of a **metric**, which determines the probe $w + \delta$, and a
+# **combination**, which makes one update of the gradients. This notebook draws the probes
+# of several metrics, builds new methods from the parts, trains with some of them, and
+# counts the gradients that they compute.
 
 # %%
 import sys
@@ -46,11 +46,11 @@ from msam_optax import monge
 from msam_optax import unit_rise
 
 # %% [markdown]
-# ## Where a metric goes
+# ## The probes of several metrics
 #
-# One loss, one point, one radius, and the probes of seven metrics. The circle is SAM's
-# ball. Under `unit_rise()` the radius *is* the rise of the loss, here 0.5 to first
-# order, however steep the loss.
+# All seven have the same loss, the same parameters and the same radius. The circle is
+# SAM's ball. Under `unit_rise()` the radius *is* the rise of the loss: 0.5 to first order,
+# however steep the loss is.
 
 
 # %%
@@ -95,7 +95,7 @@ plt.show()
 # %% [markdown]
 # ## Mix your own
 #
-# Every metric goes with every combination. None of these has a name in a paper:
+# You can combine every metric with every combination. No paper has a name for these:
 
 # %%
 MIXED = {
@@ -120,9 +120,9 @@ NAMED = {
 # %% [markdown]
 # ## Train with them, and count
 #
-# A small net on two spirals with a tenth of the labels flipped. Each optimizer is the
-# method in a chain with Adam; nothing else changes. A callback counts the gradients
-# that are really computed.
+# We train a small network on two spirals, with a tenth of the labels flipped. Each
+# optimizer is the method in a chain with Adam; nothing else changes. A callback counts
+# the gradients that are computed.
 
 
 # %%
@@ -196,8 +196,8 @@ for name, method in {**NAMED, **MIXED}.items():
 # %% [markdown]
 # ## One gradient per step
 #
-# `momentum_sam` and `lagged` wrap the optimizer. The parameters of the loop are the
-# probe, so what is evaluated are the clean ones, `eval_params(state, params)`.
+# `momentum_sam` and `lagged` wrap the optimizer. The parameters in the training loop are
+# the probe, so we evaluate the clean parameters, `eval_params(state, params)`.
 
 # %%
 ONE = {
@@ -221,6 +221,7 @@ ax.set_title('Two spirals, a tenth of the labels wrong', loc='left')
 plt.show()
 
 # %% [markdown]
-# One seed and radii out of the air: this says that all of them *run*, and not which one
-# is best. For that, `python -m benchmarks.frontier` tunes every method alike on two
-# tasks, with six seeds, at equal steps and at equal gradients: see `docs/methods.md`.
+# With one seed and untuned radii this shows that all of them *run*, not which one is
+# best. For that, `python -m benchmarks.frontier` tunes every method in the same way on two
+# tasks, with six seeds, at equal steps and at equal gradients; `docs/which.md` has the
+# results.

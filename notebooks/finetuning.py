@@ -14,17 +14,16 @@
 # %% [markdown]
 # # Choosing ρ and α for a fine-tune
 #
-# With Monge SAM the first-order rise of the loss at the probe is, $n = \lVert g\rVert$ being
-# the gradient norm,
+# To first order, Monge SAM's perturbation raises the loss by
 #
 # $$\langle g, \delta\rangle = \frac{\rho\, n}{\sqrt{1+\alpha^2 n^2}}
-# \;\le\; \min\left(\rho\, n,\ \frac{\rho}{\alpha}\right).$$
+# \;\le\; \min\left(\rho\, n,\ \frac{\rho}{\alpha}\right),$$
 #
-# Both hyperparameters can be read off it: **$\rho$ is the radius where gradients are
-# small; $\rho/\alpha$ is the largest rise of the loss that a step looks up.** SAM is
-# $\alpha = 0$: its rise has no bound. We look at this on a small fine-tune: names and
-# pictures of emoji are brought into a common space, first with pictures in one style
-# of drawing, then in another.
+# where $n = \lVert g\rVert$ is the gradient norm. This gives both hyperparameters a meaning:
+# **$\rho$ is the radius where gradients are small; $\rho/\alpha$ is the largest increase of
+# the loss that the perturbation may reach.** SAM is $\alpha = 0$: its rise has no bound. We
+# study this in a small fine-tune, which maps names and pictures of emoji into a common
+# space: first for pictures in one style of drawing, then for another style.
 
 # %%
 import sys
@@ -61,11 +60,12 @@ BOUND = {'color': '#343a40', 'linestyle': '--', 'linewidth': 1.2}
 # %% [markdown]
 # ## Data: frozen features
 #
-# Of each emoji there are the features of two pictures, one by Noto and one by OpenMoji
+# For each emoji we have the features of two pictures, one by Noto and one by OpenMoji
 # (EfficientNet-Lite0), and of its name (MiniLM). The repository has them in
-# `benchmarks/data/emoji/emoji_features.npz`; Colab asks for that file. Of emoji that differ
-# only in who is shown, or in the hour, we keep one. The others are divided for each of five
-# seeds: 300 choose the hyperparameters, 300 others are the test.
+# `benchmarks/data/emoji/emoji_features.npz`; Colab asks for that file. If emoji differ only
+# in the person or in the hour that they show, we keep one of them. Each of five seeds
+# splits them anew: 300 choose the hyperparameters, 300 others are the test set, and the
+# rest are for training.
 
 # %%
 NAME, SEEDS = 'emoji_features.npz', 5
@@ -148,10 +148,10 @@ def reciprocal_rank(params, rows, pictures):
 # %% [markdown]
 # ## Training, and what is logged
 #
-# The loop is an ordinary one; `value_and_grad_fn` and `value` let the transformation
-# record the measured rise beside `slope` and `radius`. Everything is a function of
-# $\rho$ and $\alpha$, which may be traced, so that seeds and hyperparameters are only `vmap`.
-# $\rho = 0$ is SGD and $\alpha = 0$ is SAM.
+# The training loop is an ordinary one. With `value_and_grad_fn` and `value` the
+# transformation also records the measured rise, beside `slope` and `radius`. $\rho$ and
+# $\alpha$ may be traced, so one `vmap` runs all seeds and all hyperparameters. $\rho = 0$ is
+# SGD, and $\alpha = 0$ is SAM.
 
 # %%
 BATCH, STEPS, RATE = 64, 300, 0.1
@@ -220,8 +220,8 @@ def sweep(rhos, alphas):
 # %% [markdown]
 # ## A sweep of ρ
 #
-# The same ten radii for SAM and for Monge SAM with $\alpha = 1$. The control is SAM once
-# more, at the mean radius that Monge SAM has had in each of its cells.
+# SAM and Monge SAM, with $\alpha = 1$, run at the same ten radii. The control is SAM at the
+# mean radius that Monge SAM had at each of them.
 
 # %%
 RHOS = np.array([0, 0.1, 0.2, 0.28, 0.4, 0.57, 0.8, 1.13, 1.6, 2.26])
@@ -230,8 +230,8 @@ cells = {'SAM': sweep(RHOS, 0.0), 'Monge SAM': sweep(RHOS, 1.0)}
 cells['SAM, matched'] = sweep(cells['Monge SAM']['radius'].mean((1, 2)), 0.0)
 
 # %% [markdown]
-# First what was logged, at one $\rho$. The dashed lines are $\rho$ for the radius and
-# $\rho/\alpha$ for the rise; the predicted rise is $\rho$ times the logged `slope`.
+# First we plot what was logged at one $\rho$. The dashed lines are $\rho$ for the radius and
+# $\rho/\alpha$ for the rise. The predicted rise is $\rho$ times the logged `slope`.
 
 
 # %%
@@ -263,10 +263,10 @@ fig.suptitle(f'ρ = {rho:g}, mean of {SEEDS} seeds')
 plt.show()
 
 # %% [markdown]
-# In the first step, where the gradient is steepest, SAM looks up a rise of more than 3, and
-# Monge SAM one of $\rho/\alpha = 0.4$. As the gradient falls to $1/\alpha$ and below, the
-# radius of Monge SAM grows towards $\rho$, and the two methods become more alike. The
-# measured rise goes a little over the bound, which is one of first order.
+# In the first step, where the gradient is largest, SAM's perturbation raises the loss by
+# more than 3, and Monge SAM's by $\rho/\alpha = 0.4$. As the gradient norm falls below
+# $1/\alpha$, the radius of Monge SAM grows towards $\rho$, and the two methods become more
+# alike. The measured rise slightly exceeds the bound, which holds to first order only.
 
 # %%
 SCORE = 'reciprocal rank, validation emoji, %'
@@ -308,18 +308,18 @@ plain_numbers(*(ax.xaxis for ax in axes), axes[2].yaxis)
 plt.show()
 
 # %% [markdown]
-# (Crosses: most seeds have diverged.) At their best the two are alike, three and a half
-# points above SGD. What differs is how wide the good range of $\rho$ is: a factor of 2 for
-# SAM, of 4 for Monge SAM, whose largest rise stays near $\rho/\alpha$ while SAM's is six
-# to eight times as large. Most of that is the shorter radius: SAM with the same mean
-# radius is less than a point below Monge SAM up to $\rho = 1.6$; only at the largest
-# $\rho$, where it diverges and Monge SAM does not, is the mean not what matters.
+# (Crosses: most seeds diverged.) At their best radii the two are equally good, three and a
+# half points above SGD. The range of good $\rho$ differs: it spans a factor of 2 for SAM and
+# of 4 for Monge SAM, whose largest rise stays near $\rho/\alpha$ while SAM's is six to eight
+# times as large. The shorter radius explains most of this: up to $\rho = 1.6$, SAM with the
+# same mean radius is less than a point below Monge SAM. Only at the largest $\rho$ does the
+# mean radius not explain the result: there SAM diverges and Monge SAM does not.
 
 # %% [markdown]
 # ## A sweep of α
 #
-# Twice, from the $\rho$ that the validation emoji have chosen at $\alpha = 1$: at this
-# $\rho$, and at this $\rho/\alpha$.
+# We start from the $\rho$ that the validation emoji chose at $\alpha = 1$, and sweep $\alpha$
+# twice: once at this $\rho$, and once at this $\rho/\alpha$.
 
 # %%
 ALPHAS = np.array([0.125, 0.25, 0.35, 0.5, 0.71, 1, 1.41, 2, 4, 8])
@@ -352,17 +352,17 @@ plain_numbers(*(ax.xaxis for ax in axes), axes[1].yaxis)
 plt.show()
 
 # %% [markdown]
-# Left: at a fixed $\rho$ all depends on $\alpha$. A small one is SAM with a radius too
-# large for it, a large one leaves little radius. At a fixed $\rho/\alpha$ it is nearly the
-# same from $\alpha = 0.7$ to 8: there $\alpha n$ is above 1 in most steps, and **$\rho/\alpha$ is
-# all that counts**. Middle: the largest rise in a run follows $\rho/\alpha$. Where that is
-# small the measured rise is above it, for it has the curvature in it: the bound is one of
-# first order.
+# Left: at a fixed $\rho$ the result depends strongly on $\alpha$. A small $\alpha$ makes it
+# SAM, with a radius too large for it; a large $\alpha$ leaves almost no radius. At a fixed
+# $\rho/\alpha$ the result is nearly the same from $\alpha = 0.7$ to 8: there $\alpha n$ is above 1
+# in most steps, and **only $\rho/\alpha$ matters**. Middle: the largest rise in a run follows
+# $\rho/\alpha$. Where $\rho/\alpha$ is small, the measured rise exceeds it, because the bound
+# holds to first order only and ignores the curvature.
 #
-# Right, the control: against the mean radius Monge SAM at any $\rho$ and $\alpha$ lies on
-# one curve with SAM up to a radius of 0.8, and above it beyond. So $\alpha$ is here no
-# other regularization than SAM's. It is another unit for the radius, the rise of the loss,
-# and one that forgives more.
+# Right, the control: plotted against the mean radius, Monge SAM at any $\rho$ and $\alpha$
+# follows the curve of SAM up to a radius of 0.8, and is above it beyond. So here Monge SAM
+# does not regularize differently from SAM. It measures the radius in another unit, the
+# rise of the loss, and in this unit a wrong choice costs less.
 
 # %% [markdown]
 # ## Chosen on validation emoji, measured on the others
@@ -387,9 +387,9 @@ monge, sam, matched = (cells[name] for name in ('Monge SAM', 'SAM', 'SAM, matche
 chosen = {
   'SGD': choose(jax.tree.map(lambda values: values[:1], sam)),
   'SAM': choose(sam),
-  'SAM, matched radii, too': choose(sam, matched),
+  'SAM, also matched radii': choose(sam, matched),
   'Monge SAM, α = 1': choose(monge),
-  'Monge SAM, α swept, too': choose(monge, same_rho, same_ratio),
+  'Monge SAM, α swept': choose(monge, same_rho, same_ratio),
 }
 line = '{:24}{:>6}{:>8}{:>8}{:>14}{:>14}{:>12}'
 print(
@@ -402,16 +402,17 @@ for name, (rho, alpha, score, result, tried) in chosen.items():
   print(line.format(name, tried, f'{rho:.2g}', f'{alpha:.2g}', *numbers))
 
 # %% [markdown]
-# SAM and Monge SAM do equally well, at radii that validation has chosen, and twenty more
-# cells with other $\alpha$ have gained nothing. For this fine-tune, then:
+# At the radii that validation chose, SAM and Monge SAM do equally well, and twenty more
+# cells with other $\alpha$ gained nothing. For this fine-tune, then:
 #
-# 1. **Choose $\rho/\alpha$, the rise that you are ready to look up**, and sweep that first, in
-#    factors of 2. Here 0.4 to 1.6 are good, the loss of guessing being $\ln 64 = 4.2$.
-# 2. **Choose $\alpha$ so that $\alpha n$ is above 1 where the bound is to hold**: with
-#    $\alpha = 1$, log `slope`; $\alpha s$ near 1 says that $\rho/\alpha$ is in charge, near 0 that
-#    $\rho$ is and you are running SAM. Beyond that $\alpha$ hardly matters.
-# 3. $\rho$ is the product of the two, the radius where the gradient has become small.
+# 1. **Sweep $\rho/\alpha$ first**, the largest increase of the loss that the perturbation may
+#    reach, in factors of 2. Here 0.4 to 1.6 are good; the loss of guessing is
+#    $\ln 64 = 4.2$.
+# 2. **Choose $\alpha$ so that $\alpha n$ is above 1 where you want the bound to hold.** Start
+#    with $\alpha = 1$ and log `slope`: if $\alpha s$ is close to 1, $\rho/\alpha$ determines the
+#    perturbation; if it is near 0, $\rho$ does, and you are running SAM. Above that, $\alpha$
+#    hardly matters.
+# 3. $\rho$ is the product of the two. It is the radius once the gradient is small.
 #
-# This is one data set, a small model, SGD with one learning rate, and five seeds. Whether
-# Monge SAM's best is better than SAM's is another question, to which the answer here is
-# no; `docs/paper.md` has larger comparisons.
+# This is one data set, a small model, SGD with one learning rate, and five seeds. Is Monge
+# SAM's best better than SAM's? Here it is not; `docs/paper.md` has larger comparisons.

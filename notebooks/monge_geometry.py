@@ -14,8 +14,9 @@
 # %% [markdown]
 # # The geometry of Monge SAM
 #
-# What the metric is, what it does to SAM, which objective comes out, and what exactly is
-# invariant about it. Everything is in two dimensions and in double precision.
+# This notebook shows the metric, what it changes about SAM, which objective Monge SAM
+# minimizes, and what is invariant about it. Everything is in two dimensions and in double
+# precision.
 
 # %%
 import sys
@@ -55,14 +56,15 @@ def delta(metric, loss, w, rho):
 # ## A ball on the loss surface
 #
 # SAM looks for the worst point in a Euclidean ball $\lVert\delta\rVert \le \rho$. The graph
-# $\{(w, \alpha\,\ell(w))\}$ of the loss is a surface, and a step on it has the length
+# $\{(w, \alpha\,\ell(w))\}$ of the loss is a surface, on which a small step $\delta$ has the
+# squared length
 #
-# $$\delta^\top G\,\delta, \qquad G = I + \alpha^2 g g^\top,$$
+# $$\delta^\top G\,\delta, \qquad G = I + \alpha^2 g g^\top.$$
 #
-# so the same radius goes less far where the loss is steep. Under any metric the worst
-# point of the linearised loss is $\delta = \rho\, G^{-1}g/\sqrt{g^\top G^{-1}g}$, and here it is
-# SAM's perturbation divided by $\sqrt{1+\alpha^2\lVert g\rVert^2}$: **always in SAM's
-# direction, never longer.**
+# So where the loss is steep, the same radius permits a smaller $\delta$. Under any metric
+# the worst point of the linearized loss is $\delta = \rho\, G^{-1}g/\sqrt{g^\top G^{-1}g}$. For
+# this metric it is SAM's perturbation divided by $\sqrt{1+\alpha^2\lVert g\rVert^2}$: **always
+# in SAM's direction, never longer.**
 
 # %%
 angles = np.linspace(0, 2 * np.pi, 200)
@@ -89,10 +91,11 @@ plt.show()
 # %% [markdown]
 # ## The largest rise
 #
-# The first-order rise of the loss at the probe is $\rho\lVert g\rVert$ for SAM and
-# $\rho\lVert g\rVert/\sqrt{1+\alpha^2\lVert g\rVert^2} < \rho/\alpha$ for Monge SAM: **$\rho/\alpha$ is the
-# largest rise that it looks up.** It depends on the scale of the loss: a loss $c$ times
-# as large acts as an $\alpha$ that is $c$ times as large.
+# To first order, SAM's perturbation raises the loss by $\rho\lVert g\rVert$, and Monge SAM's
+# by $\rho\lVert g\rVert/\sqrt{1+\alpha^2\lVert g\rVert^2} < \rho/\alpha$: **$\rho/\alpha$ is the largest
+# increase of the loss that the perturbation may reach.** The right $\alpha$ depends on the
+# scale of the loss: multiplying the loss by $c$ changes the perturbation as multiplying
+# $\alpha$ by $c$ does.
 
 # %%
 norm = np.geomspace(1e-2, 1e2, 200)
@@ -112,10 +115,10 @@ plt.show()
 # %% [markdown]
 # ## The objective
 #
-# To first order in $\rho$ Monge SAM is gradient descent on
-# $\ell + \frac{\rho}{\alpha}\operatorname{asinh}(\alpha\lVert\nabla\ell\rVert)$, as SAM is on
-# $\ell + \rho\lVert\nabla\ell\rVert$: the same penalty where the gradient is small, a logarithmic
-# one where it is large. The error shrinks with $\rho^2$:
+# To first order in $\rho$, Monge SAM is gradient descent on
+# $\ell + \frac{\rho}{\alpha}\operatorname{asinh}(\alpha\lVert\nabla\ell\rVert)$, and SAM on
+# $\ell + \rho\lVert\nabla\ell\rVert$. The penalties agree where the gradient is small; where it
+# is large, Monge SAM's grows only logarithmically. The error shrinks with $\rho^2$:
 
 
 # %%
@@ -136,9 +139,9 @@ for rho in (0.1, 0.05, 0.025):
 # %% [markdown]
 # ## What it does to the flow
 #
-# On $(1-w_1w_2)^2$ with $\rho = 1$, from $(-3/2, 1/2)$ (the paper's first figure): plain
-# descent ends in the valley where it meets it, SAM is drawn to the saddle at 0, and Monge
-# SAM goes on along the valley to where it is flattest, near $(-1, -1)$.
+# The loss is $(1-w_1w_2)^2$, $\rho = 1$, and the start $(-3/2, 1/2)$, as in the paper's first
+# figure. Plain descent stops where it reaches the valley. SAM is attracted by the saddle
+# at 0. Monge SAM follows the valley to its flattest point, near $(-1, -1)$.
 
 
 # %%
@@ -175,11 +178,11 @@ plt.show()
 # %% [markdown]
 # ## What is invariant
 #
-# $\alpha^2 g g^\top$ is a tensor in all coordinates, $I$ is not. So the formula $I + \alpha^2 gg^\top$,
-# written down anew in other coordinates, is the same metric only if they differ by a
-# rotation, a permutation or a shift, and there SAM is invariant, too. Rescaling
-# $(w_1, w_2) \mapsto (a w_1, w_2/a)$ leaves the function that a two-layer linear network
-# computes as it is. The rise of the loss at the probe, for $\rho = 0.05$:
+# $\alpha^2 g g^\top$ is a tensor in all coordinates, but $I$ is not. So re-deriving
+# $I + \alpha^2 gg^\top$ in other coordinates gives the same metric only if these differ by a
+# rotation, a permutation or a shift; under those SAM is invariant as well. Rescaling
+# $(w_1, w_2) \mapsto (a w_1, w_2/a)$ does not change the function that a two-layer linear
+# network computes. These are the rises of the loss at the probe, for $\rho = 0.05$:
 
 # %%
 METRICS = {
@@ -198,9 +201,9 @@ for name, metric in METRICS.items():
 
 # %% [markdown]
 # SAM's rise grows with the scale. Monge SAM's stays below about $\rho/\alpha$, but it is not
-# constant: plain Monge SAM is *not* invariant under rescaling. Over ASAM's metric, which is
-# invariant to the scale of each coordinate, it is. More is true if the metric is carried
-# along: with $J = \partial w/\partial\psi$ the metric $J^\top J + \alpha^2 g_\psi g_\psi^\top$ gives the
-# perturbation $J^{-1}\delta$ in every chart $\psi$. Even then only the ascent *direction* is
-# invariant: $w + \delta$ is no geodesic (charts agree to $O(\rho^2)$), and the step that the
-# optimizer takes from there is not covariant at all.
+# constant: plain Monge SAM is *not* invariant under rescaling. Over ASAM's metric, which
+# does not depend on the scale of a coordinate, it is. If you transform the metric along
+# with the coordinates, it is invariant under any change: with $J = \partial w/\partial\psi$, the
+# metric $J^\top J + \alpha^2 g_\psi g_\psi^\top$ gives the perturbation $J^{-1}\delta$ in every chart
+# $\psi$. Even then only the ascent *direction* is invariant. $w + \delta$ is not the end of a
+# geodesic, so charts agree only to $O(\rho^2)$, and the optimizer's step is not covariant.

@@ -14,13 +14,14 @@
 # %% [markdown]
 # # Monge SAM in two minutes
 #
-# Monge SAM takes the gradient not at the parameters $w$ but at $w + \delta$, uphill:
+# Monge SAM takes the gradient not at the parameters $w$, but uphill from them, at
+# $w + \delta$:
 #
 # $$\delta = \frac{\rho\, g}{\lVert g\rVert \sqrt{1 + \alpha^2 \lVert g\rVert^2}}$$
 #
 # where $g$ is the gradient at $w$, $\rho$ the radius and $\alpha = 1$ in the
-# [paper](https://arxiv.org/abs/2502.08448). We train a small Flax NNX network on
-# handwritten digits, a fifth of whose labels are wrong, with it and without it.
+# [paper](https://arxiv.org/abs/2502.08448). We train a small Flax NNX network with and
+# without it, on handwritten digits of which a fifth have wrong labels.
 
 # %%
 import sys
@@ -60,10 +61,11 @@ y_train[:100] = (y_train[:100] + rng.integers(1, 10, 100)) % 10
 # %% [markdown]
 # ## The chain
 #
-# Two things change in a training loop. The optimizer is
-# `optax.chain(msam(rho), optax.adam(lr))`, and `update` is told how to take a gradient
-# at other parameters. `flax_nnx.value_and_grad_fn` (or `grad_fn`) does that for an NNX
-# model: it leaves the model as it is, and uses the same dropout masks in both passes.
+# Two things change in a training loop. The optimizer becomes
+# `optax.chain(msam(rho), optax.adam(lr))`, and `update` gets a function that computes
+# the gradient at other parameters. For an NNX model, `flax_nnx.value_and_grad_fn` (or
+# `grad_fn`) makes this function. It does not change the model, and both passes use the
+# same dropout masks.
 
 
 # %%
@@ -120,16 +122,17 @@ for name, rho in {'Adam': 0.0, 'Monge SAM + Adam': 0.8}.items():
   print(f'{name:18} training images, as labelled: {fit:.1%}, test images: {right:.1%}')
 
 # %% [markdown]
-# One seed and one radius show how it is used, not how good it is: `make demo` compares
-# Adam, SAM and Monge SAM over ten radii and three seeds, each method at the radius that
-# validation images choose.
+# One seed and one radius show how to use it, not how good it is. `make demo` compares
+# Adam, SAM and Monge SAM over ten radii and three seeds, and chooses the radius of each
+# method on validation images.
 #
 # ## What to log
 #
-# `slope`, `radius` and `rise` are in the optimizer's state. For Monge SAM the slope is
-# $s = \lVert g\rVert/\sqrt{1+\alpha^2\lVert g\rVert^2} < 1/\alpha$: near $1/\alpha$ the metric
-# shortens the step a lot, near 0 you are running SAM. $\rho s$ is the rise of the loss
-# that the first order predicts; it never exceeds $\rho/\alpha$.
+# The optimizer's state contains `slope`, `radius` and `rise`. For Monge SAM the slope is
+# $s = \lVert g\rVert/\sqrt{1+\alpha^2\lVert g\rVert^2} < 1/\alpha$. If it is close to $1/\alpha$,
+# the perturbation is much shorter than SAM's; if it is near 0, you are running SAM. To
+# first order the perturbation raises the loss by $\rho s$, which never exceeds
+# $\rho/\alpha$.
 
 # %%
 _, slope, radius, rise = logs['Monge SAM + Adam'].T
@@ -150,9 +153,9 @@ plt.show()
 # %% [markdown]
 # ## The drop-in
 #
-# Where nothing can be passed to `update` (a trainer that is not yours, a wrapper that
-# drops extra arguments), take the gradient with `value_and_grad`; the optimizer stays as
-# it is. Here without Flax, for a linear model:
+# If you cannot pass anything to `update` (in someone else's trainer, or in a wrapper that
+# drops extra arguments), compute the gradient with `value_and_grad` and leave the
+# optimizer as it is. Here is a linear model, without Flax:
 
 
 # %%
@@ -181,6 +184,6 @@ right = jnp.argmax(x_test @ params['w'] + params['b'], axis=-1) == y_test
 print(f'training loss {loss:.3f}, test images {right.mean():.1%}')
 
 # %% [markdown]
-# For NNX models the drop-in is `flax_nnx.value_and_grad`, in the place of
-# `nnx.value_and_grad`. Next: the docs say how to choose $\rho$ and $\alpha$, how it goes
-# with clipping, accumulation and masks, and what is invariant about it.
+# For NNX models `flax_nnx.value_and_grad` replaces `nnx.value_and_grad`. To go on, read in
+# the docs how to choose $\rho$ and $\alpha$, how to combine Monge SAM with clipping,
+# accumulation and masks, and what is invariant about it.
