@@ -115,7 +115,7 @@ def unless(
 ) -> list[jax.Array]:
   """``otherwise()``, but on a CPU ``values`` where a condition says that they are that.
 
-  A CPU takes each sum in a pass of its own, and skips those of ``otherwise()`` then.
+  A CPU takes each sum in a separate pass, and skips those of ``otherwise()`` then.
   An accelerator takes several in one pass. There a conditional would cost a GPU a wait
   for the host, and a TPU copies of all that it reads, in other layouts.
 

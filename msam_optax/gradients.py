@@ -150,7 +150,7 @@ def value_and_grad(
     >>> print(value, grads)
     1.0 [1.8 2.4]
 
-    Four examples, in two micro-batches, each with a probe of its own:
+    Four examples, in two micro-batches, each with its own probe:
 
     >>> loss = lambda w, x: jnp.mean((x - w) ** 2)
     >>> w, x = jnp.array(0.0), jnp.array([1.0, 1.0, 3.0, 3.0])
@@ -216,7 +216,7 @@ def value_and_grad(
   )
   is_mean = sync_ascent or (axis_name, shards) == (None, None)
   metric_space = spaces.over if is_mean else spaces.without_mean
-  # Each micro-batch has passes of its own, or all passes are of all micro-batches.
+  # Each micro-batch has its own passes, or all passes are of all micro-batches.
   inside = in_microbatches if sync_ascent else lambda one_pass: one_pass
   shared = {
     'setting': setting,

@@ -122,8 +122,8 @@ def sam(
 
   For the gradient ``g`` at the parameters ``w`` it is the gradient at ``w + ρ g/‖g‖``.
 
-  Two gradients per step, and no memory of its own. It is what all others are compared
-  with; the authors have 0.05.
+  It takes two gradients per step and remembers nothing. All other methods are compared
+  with it; its authors use 0.05.
 
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
@@ -168,7 +168,7 @@ def asam(
   For the gradient ``g`` at the parameters ``w`` it is the gradient at
   ``w + ρ T²g/‖Tg‖`` with ``T = |w| + η`` on weights and 1 on biases.
 
-  Two gradients per step, and no additional memory. Take it where weights of very
+  Two gradients per step, and no additional memory. Use it where weights of very
   different sizes are perturbed together. Its radius is about ten times SAM's: the
   authors have 0.5 for CIFAR-10, 1.0 for CIFAR-100 and 0.01 for ``η``.
 
@@ -218,7 +218,7 @@ def fisher_sam(
   For the gradient ``g`` at the parameters ``w`` it is the gradient at
   ``w + ρ u/√⟨u, g⟩`` with ``u = g/(1 + η g²)``: steep coordinates are held back.
 
-  Two gradients per step, and no additional memory. Take it where a few coordinates
+  Two gradients per step, and no additional memory. Use it where a few coordinates
   have most of the gradient.
 
   Args:
@@ -270,7 +270,7 @@ def friendly_sam(
 
   The first step is SAM's. It needs memory for one more copy of the params, in float32.
 
-  Two gradients per step. Take it where batches are small, and their gradients mostly
+  Two gradients per step. Use it where batches are small, and their gradients mostly
   noise.
 
   Args:
@@ -323,7 +323,7 @@ def vasso(
   With the running mean ``d`` of the gradients, this one included, it is the gradient at
   ``w + ρ d/‖d‖``. It needs memory for one more copy of the params, in float32.
 
-  Two gradients per step. Take it where batches are small, and their gradients do not
+  Two gradients per step. Use it where batches are small, and their gradients do not
   agree on a direction.
 
   Args:

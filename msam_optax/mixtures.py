@@ -37,7 +37,7 @@ def gsam(
   the part of ``g`` that is perpendicular to ``g₁``, subtracted. The authors let ``ρ``
   follow the learning rate: give it as a schedule.
 
-  Two gradients per step, and no additional memory. Take it where SAM's probe is so
+  Two gradients per step, and no additional memory. Use it where SAM's probe is so
   far away that lowering the loss there leaves that at the params behind.
 
   Args:
@@ -93,7 +93,7 @@ def wsam(
   own default is the decoupled form, in which the optimizer sees ``g`` alone and the
   rest is added to its step.
 
-  Two gradients per step, and no additional memory. Take it where SAM helps, and more
+  Two gradients per step, and no additional memory. Use it where SAM helps, and more
   of the same should help more.
 
   Args:
@@ -146,7 +146,7 @@ def cr_sam(
 
       g₊ + γ (g₊ + g₋ − 2g) + β (g₊ − g₋).
 
-  Three gradients per step, and no memory of its own. Take it where a third gradient
+  It takes three gradients per step and remembers nothing. Use it where a third gradient
   is affordable and the loss is strongly curved at SAM's radius.
 
   Args:
@@ -199,7 +199,7 @@ def stable_sam(
   At the probe gradients are longer, most so where the loss is sharp. Without that, a
   learning rate that is stable for the optimizer alone is stable for it with SAM.
 
-  Two gradients per step, and no additional memory. Take it where training with SAM
+  Two gradients per step, and no additional memory. Use it where training with SAM
   diverges at the learning rate of the optimizer alone.
 
   Args:
@@ -253,7 +253,7 @@ def look_sam(
   What it leaves out is really not computed. The scalars in the state are zero in a step
   without a probe.
 
-  Take it where a second gradient in every step is too expensive.
+  Use it where a second gradient in every step is too expensive.
 
   Args:
     rho: ``ρ``, scalar >= 0: a number, an array or an Optax schedule of the step.
@@ -317,7 +317,7 @@ def decoupled_wsam(
       optax.chain(decoupled_wsam(optax.adam(lr), lr),
                   optax.masked(optax.set_to_zero(), frozen))
 
-  Two gradients per step, and no memory of its own beside the optimizer's. Take it
+  It takes two gradients per step and keeps no state beside the optimizer's. Use it
   where adaptive moments should not see the sharpness.
 
   Args:

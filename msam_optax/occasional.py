@@ -141,8 +141,8 @@ def when_steep(
   gradient is not finite is not remembered.
 
   Args:
-    combination: what is made of the gradients in a step with probes; without a ``due``
-      of its own.
+    combination: what is made of the gradients in a step with probes; it must not
+      have a ``due`` itself.
     threshold: ``c``, a real number, an array or an Optax schedule of the step: of
       normal numbers the share above ``c`` standard deviations. Negative for probes in
       most steps.

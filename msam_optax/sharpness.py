@@ -97,7 +97,7 @@ def mean_rise(
 ) -> Rise:
   """The rise of :func:`rise`, averaged over micro-batches: m-sharpness.
 
-  Each micro-batch has a gradient and a perturbation of its own:
+  Each micro-batch has its own gradient and perturbation:
   ``mean_b [ℓ_b(w + δ(∇ℓ_b)) − ℓ_b(w)]``. They are computed one after the other.
 
   Args:

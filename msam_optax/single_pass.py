@@ -99,7 +99,7 @@ def lagged(
       grads = jax.grad(loss)(params, batch)         # the only gradient
       updates, state = tx.update(grads, state, params)
 
-  It needs one copy of the parameters. Take it where a second gradient is too expensive
+  It needs one copy of the parameters. Use it where a second gradient is too expensive
   and the batches of consecutive steps have similar gradients; :func:`momentum_sam`
   needs no copy, and averages the noise of small batches.
 
@@ -207,7 +207,7 @@ def momentum_sam(
   param_specs: Any = None,
   clean_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Momentum-SAM: the probe lies along the optimizer's own momentum, at no extra cost.
+  """Momentum-SAM: the probe is along the optimizer's own momentum, at no extra cost.
 
   With the momentum ``v`` of the base optimizer, the mean of past gradients that SGD and
   Adam keep anyway, the next gradient is taken at

@@ -168,7 +168,7 @@ def assert_combination(
   * ``due``, if there is one, is a bool scalar, and ``combine`` accepts ``(g,)`` alone.
   * The update is finite for gradients from 1e-20 to 1e+20, and for zero.
   * A gradient that is not finite is not hidden, nor does it stay in the state.
-  * With replicas, each with gradients of its own, all get the update that one device
+  * With replicas, each with its own gradients, all get the update that one device
     gets of the mean gradients, and the same state and ``due``; if their gradients are
     the same, those of one device.
   * Leaves that have no gradient, each an ``optax.MaskedNode``, are left out.

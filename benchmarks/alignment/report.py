@@ -33,7 +33,7 @@ NOTE = (
   ' k = 8; recall@1 is the mean of both directions; the test loss has all test concepts'
   ' in one batch, the training loss is the mean of the last 20 batches. n is the'
   ' gradient norm, α = 1. "SAM, matched" is SAM with the mean radius that Monge SAM'
-  ' has had at this learning rate and ρ. A run has diverged if its training loss ends'
+  ' had at this learning rate and ρ. A run has diverged if its training loss ends'
   ' above 0.85 ln 128 = 4.12 or is not finite, a cell (†) if most of its seeds have;'
   ' such a cell is not chosen.'
 )

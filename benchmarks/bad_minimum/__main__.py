@@ -1,7 +1,7 @@
 """Figure 6 of the paper: out of a bad global minimum, or not.
 
 Run `python -m benchmarks.bad_minimum`. A small residual net is first driven to a bad
-minimum: it fits rightly labelled pictures of clothes, all of them, and as many other
+minimum: it fits correctly labelled pictures of clothes, all of them, and as many other
 pictures with wrong labels. From there it is fine-tuned on the right ones, at a small
 learning rate, with SGD, SAM and Monge SAM, and with Monge SAM whose α begins at 0, so
 that it first reaches as far as SAM. Controls: SAM with the mean radius that

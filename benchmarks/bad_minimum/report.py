@@ -29,14 +29,14 @@ PAIRS = (
   (ANNEALED, grid.SAM),
 )
 NOTE = (
-  'Accuracies in per cent, mean ± standard error over the seeds. train: on the rightly'
-  ' labelled images, which are fine-tuned on; lowest: the lowest such accuracy seen in'
-  ' a run (below 99 % it has left the valley). n is the norm of the gradient of a'
-  ' batch; radius (mean ‖δ‖) and √(1+α²n²) are means over all steps, n median and n'
-  ' largest are over the steps of a run; all are means over the seeds. "SAM, matched"'
-  ' is SAM with the mean radius that Monge SAM has had at this rho; LE-SAM has the'
-  ' radius min(ρ, ρ/(αn)); "α from 0" goes to its α in the first half. A star marks the'
-  ' rho with the best mean validation accuracy.'
+  'Accuracies in per cent, mean ± standard error over the seeds. train: on the'
+  ' correctly labelled images, which are fine-tuned on; lowest: the lowest such'
+  ' accuracy seen in a run (below 99 % it has left the valley). n is the norm of the'
+  ' gradient of a batch; radius (mean ‖δ‖) and √(1+α²n²) are means over all steps, n'
+  ' median and n largest are over the steps of a run; all are means over the seeds.'
+  ' "SAM, matched" is SAM with the mean radius that Monge SAM had at this rho; LE-SAM'
+  ' has the radius min(ρ, ρ/(αn)); "α from 0" goes to its α in the first half. A star'
+  ' marks the rho with the best mean validation accuracy.'
 )
 
 
@@ -50,7 +50,7 @@ def report(results: Mapping[str, Any]) -> Document:
   """The starts, all cells, how the methods differ, and what it was measured with."""
   s, machine = results['settings'], results['environment']
   caption = (
-    f'ResNet-8 (width {s["width"]}) on Fashion-MNIST: {s["train"]} rightly labelled'
+    f'ResNet-8 (width {s["width"]}) on Fashion-MNIST: {s["train"]} correctly labelled'
     f' images, fine-tuned for {s["epochs"]} epochs with SGD (learning rate'
     f' {s["learning_rate"]:g}, batch {s["batch"]}) from a start that also fits'
     f' {s["wrong"]} wrong labels; {len(s["seeds"])} seeds,'

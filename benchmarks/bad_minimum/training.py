@@ -96,7 +96,7 @@ def fine_tune(
   parts: Parts,
   model: ResNet,
 ) -> dict[str, Any]:
-  """Fine-tunes on the rightly labelled images.
+  """Fine-tunes on the correctly labelled images.
 
   Args:
     settings: those of the experiment.

@@ -37,12 +37,12 @@ ADAM, SAM, MONGE, MATCHED = 'Adam', grid.SAM, grid.MONGE, grid.MATCHED
 HEAD = ('method', 'rho', 'radius', 'test %', 'validation', '√(1+α²n²)', 'rise', 'time')
 PAIRS = ((SAM, ADAM), (MONGE, ADAM), (MONGE, SAM), (MONGE, MATCHED))
 NOTE = (
-  'Accuracies are mean ± standard deviation over the seeds, on rightly labelled images.'
-  ' radius is the mean ‖δ‖, rise is ℓ(w+δ) − ℓ(w), n the gradient norm, α = 1; radius,'
-  ' rise and √(1+α²n²) are means over all steps of training. time is the time per step'
-  ' relative to Adam, the median of interleaved rounds, once per method. "SAM, matched"'
-  ' is SAM with the mean radius that Monge SAM has had at this rho. A star marks the'
-  ' rho with the best mean validation accuracy.'
+  'Accuracies are mean ± standard deviation over the seeds, on correctly labelled'
+  ' images. radius is the mean ‖δ‖, rise is ℓ(w+δ) − ℓ(w), n the gradient norm, α = 1;'
+  ' radius, rise and √(1+α²n²) are means over all steps of training. time is the time'
+  ' per step relative to Adam, the median of interleaved rounds, once per method. "SAM,'
+  ' matched" is SAM with the mean radius that Monge SAM had at this rho. A star marks'
+  ' the rho with the best mean validation accuracy.'
 )
 
 

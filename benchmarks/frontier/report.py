@@ -101,7 +101,7 @@ def report(results: Mapping[str, Any]) -> Document:
   settings = results['settings']
   document: list[Any] = [
     'A net of two layers learns pictures, a fifth of them mislabelled;'
-    f' {len(settings["seeds"])} seeds, with splits and wrong labels of their own.'
+    f' {len(settings["seeds"])} seeds, each with its own splits and wrong labels.'
   ]
   for task, budgets in results['best'].items():
     for budget, summaries in budgets.items():

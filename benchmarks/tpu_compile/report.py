@@ -88,7 +88,7 @@ def _caption(results: Mapping[str, Any]) -> str:
   return (
     f'A decoder-only transformer of {sizes["layers"]} layers, width {sizes["width"]:,},'
     f' {sizes["vocabulary"]:,} tokens; {sizes["batch"]} sequences of'
-    f' {sizes["length"]:,} a chip; float32, a Flax NNX model as it comes: nothing in it'
-    f' says how to shard it. JAX {versions["jax"]}, libtpu'
+    f' {sizes["length"]:,} a chip; float32, an unmodified Flax NNX model,'
+    f' without sharding annotations. JAX {versions["jax"]}, libtpu'
     f' {versions["libtpu"]}.'
   )
