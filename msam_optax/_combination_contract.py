@@ -80,7 +80,7 @@ def check_combined(combination, grads, params, where, magnitudes, rtol):
       with _contracts.promise(
         f'What is not finite does not stay in the state ({where}).'
       ):
-        chex.assert_tree_all_finite(combine(grads, marked_state)[0])
+        chex.assert_tree_all_finite(combine(grads, marked_state))
   _check_replicas(combination, grads, state, result, where, rtol)
 
   with _contracts.promise(f'Under `jit` it does what it does without ({where}).'):

@@ -166,7 +166,7 @@ def check_probe_gradient(tx, params, grads, state):
           'A gradient that is not finite does not stay in the state.'
         ):
           after, new_state = update(grads, new_state, grads, none)
-          chex.assert_tree_all_finite(after)
+          chex.assert_tree_all_finite((after, new_state))
           _contracts.expect(
             all(_values(new_state, 'finite')), '`finite` is still False.'
           )

@@ -146,8 +146,10 @@ def assert_metric(
 
   with _contracts.promise('A gradient that is not finite does not stay in the state.'):
     _, marked = call(_contracts.with_entry(grads, jnp.nan), state, params)
-    after, _ = call(grads, marked, params)
-    chex.assert_tree_all_finite(after)
+    after, later = call(grads, marked, params)
+    chex.assert_tree_all_finite((after, later))
+    # A direction that was normalized hides that the memory is lost.
+    _contracts.expect(after.slope > 0, f'After it the slope is {after.slope:.6g}.')
   _metric_contract.check_compiled(call, grads, params, state, rtol)
 
 

@@ -94,6 +94,18 @@ def of_the_state():
   return Metric(like_params, ascend)
 
 
+def of_the_state_normalized():
+  """Climbs along the running mean, and after a NaN never again."""
+
+  def ascend(grads, state, params, *, space, **extra_args):
+    mean = moving_mean(state, grads)
+    unit, _ = space.normalize(mean)
+    unit = jax.tree.map(lambda u, g: u.astype(g.dtype), unit, grads)
+    return Ascent(unit, space.dot(grads, unit)), mean
+
+  return Metric(like_params, ascend)
+
+
 LENGTH_ALONE = np.diag([4.0, 1, 1, 1, 1, 1])
 
 
@@ -197,6 +209,11 @@ BROKEN_METRICS = {
     'The state keeps its structure',
   ),
   'a state that NaN spoils': (of_the_state(), {}, 'does not stay in the state'),
+  'a state that NaN spoils, unseen': (
+    of_the_state_normalized(),
+    {},
+    'does not stay in the state',
+  ),
   'not pure': (drifting(), {'sharded': False}, 'A metric is pure'),
   'an `if` on a value': (
     a_metric(only_outside_jit),
