@@ -84,6 +84,23 @@ def dtype_of(leaf: Any) -> Any:
     return None
 
 
+def kind_of(x: Any) -> str:
+  """What a value is, in the words of an error."""
+  if x is None:
+    return 'None'
+  if isinstance(x, (tuple, list)):
+    return f'a {type(x).__name__} of {len(x)}'
+  try:
+    return f'an array, {jax.typeof(x).str_short()}'
+  except (TypeError, AttributeError):
+    return f'a {type(x).__name__}'
+
+
+def is_scalar(x: Any) -> bool:
+  """Whether it is one number, or an array of no dimensions."""
+  return dtype_of(x) is not None and not jnp.shape(x)
+
+
 def check_dtype(name: str, dtype: Any) -> None:
   """Raises unless an argument is a floating dtype, its name, or None."""
   if isinstance(dtype, jax.Array):
@@ -175,7 +192,7 @@ def check_like(tree: Any, reference: Any, *, what: str, dtypes: bool) -> None:
   for path, leaf in got.items():
     where = _masks.at_path(path)
     if path not in want:
-      raise ValueError(f'{what}, but has an extra leaf {where}.')
+      raise ValueError(f'{what}, but there is an extra leaf {where}.')
     if jnp.shape(leaf) != jnp.shape(want[path]):
       raise ValueError(
         f'{what}, but {where} its shape is {jnp.shape(leaf)}, not'
@@ -187,7 +204,7 @@ def check_like(tree: Any, reference: Any, *, what: str, dtypes: bool) -> None:
   for path in want:
     where = _masks.at_path(path)
     if path not in got:
-      raise ValueError(f'{what}, but has no leaf {where}.')
+      raise ValueError(f'{what}, but there is no leaf {where}.')
   if jax.tree.structure(tree) != jax.tree.structure(reference):
     raise ValueError(
       f'{what}, but it is a {jax.tree.structure(tree)}, not a'
@@ -224,9 +241,14 @@ def check_first(grads: Any, grad: Any) -> None:
       )
 
 
-def pair_hint(tree: Any, reference: Any) -> str:
-  """What a pair given instead of gradients seems to be, and how to pass it."""
+def gradient_hint(tree: Any, reference: Any) -> str:
+  """What was given instead of gradients, if it seems to be a loss, or a pair."""
   structure = jax.tree.structure
+  if is_scalar(tree) and not is_scalar(reference):
+    return (
+      'This seems to be the loss, and its gradient is needed: `lambda params:'
+      ' jax.grad(loss)(params, batch)`. '
+    )
   if structure(tree) == structure(reference):
     return ''
   if isinstance(tree, tuple) and len(tree) == 2:

@@ -62,7 +62,7 @@ def evaluation(
       what = 'The gradient that `value_and_grad_fn` returns'
     else:
       value, grads = None, _call('grad_fn', grad_fn, params)
-      what = _checks.pair_hint(grads, params if like is None else like)
+      what = _checks.gradient_hint(grads, params if like is None else like)
       what += 'What `grad_fn` returns'
     if like is None:
       what += ' must be like the params'
@@ -143,10 +143,10 @@ def _pair(result):
       f' `jax.value_and_grad` makes does, not a {type(result).__name__}.'
     )
   value, _ = result
-  if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value):
+  if not _checks.is_scalar(value):
     raise ValueError(
-      'The value that `value_and_grad_fn` returns must be a scalar, not a'
-      f' {jax.tree.map(jnp.shape, value)}. With `has_aux=True` drop the'
+      'The value that `value_and_grad_fn` returns must be a scalar, not'
+      f' {_checks.kind_of(value)}. With `has_aux=True` drop the'
       ' auxiliary output: `lambda params: (f(params)[0][0], f(params)[1])`. To keep it,'
       ' take gradients with `msam_optax.value_and_grad(..., has_aux=True)`, for a plain'
       ' optimizer.'

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from msam_optax import _checks
 from msam_optax import _devices
 from msam_optax import _masks
 from msam_optax import _numerics
@@ -156,9 +157,9 @@ def _parts(result, has_aux, has_weight):
   elif isinstance(result, (tuple, list)):
     aux_hint = 'say `has_aux=True` if they are `(loss, aux)`, and '
     raise TypeError(
-      f'The loss that `loss_fn` returns must be a scalar, not {_kind(result)}:'
-      f' {"" if has_aux else aux_hint}say `has_weight=True` if they are `(total,'
-      ' weight)`.'
+      'The loss that `loss_fn` returns must be a scalar, not'
+      f' {_checks.kind_of(result)}: {"" if has_aux else aux_hint}say'
+      ' `has_weight=True` if they are `(total, weight)`.'
     )
   name = 'total' if has_weight else 'loss'
   _check_number(name, result, (jnp.floating,), 'a real')
@@ -168,7 +169,8 @@ def _parts(result, has_aux, has_weight):
 def _pair(result, argument, form):
   if not isinstance(result, (tuple, list)) or len(result) != 2:
     raise TypeError(
-      f'With `{argument}=True`, `loss_fn` must return `{form}`, not {_kind(result)}.'
+      f'With `{argument}=True`, `loss_fn` must return `{form}`, not'
+      f' {_checks.kind_of(result)}.'
     )
   return result
 
@@ -178,7 +180,8 @@ def _check_number(name, value, kinds, what):
     kind = jax.typeof(value)
   except TypeError:
     raise TypeError(
-      f'The {name} that `loss_fn` returns must be {what} scalar, not {_kind(value)}.'
+      f'The {name} that `loss_fn` returns must be {what} scalar, not'
+      f' {_checks.kind_of(value)}.'
     ) from None
   if jnp.shape(value):
     raise ValueError(
@@ -190,14 +193,3 @@ def _check_number(name, value, kinds, what):
       f'The {name} that `loss_fn` returns must be {what} scalar, but has dtype'
       f' {kind.dtype}.'
     )
-
-
-def _kind(x):
-  if x is None:
-    return 'None'
-  if isinstance(x, (tuple, list)):
-    return f'a {type(x).__name__} of {len(x)}'
-  try:
-    return f'an array, {jax.typeof(x).str_short()}'
-  except (TypeError, AttributeError):
-    return f'a {type(x).__name__}'

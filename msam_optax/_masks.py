@@ -120,9 +120,10 @@ def resolve_mask(mask: Any, params: Any, *, name: str = 'mask') -> Any:
   tree = mask(params) if _is_function(mask) else mask
   for path, leaf in _leaves(tree):
     if not isinstance(leaf, (bool, np.bool_)):
+      hint = f' Or give `by_name({leaf!r})`.' if isinstance(leaf, str) else ''
       raise TypeError(
         f'`{name}` must hold one bool per leaf, True or False, got {leaf!r}'
-        f' {at_path(path)}.'
+        f' {at_path(path)}.{hint}'
       )
   try:
     return jax.tree.map(

@@ -6,9 +6,9 @@ from typing import Any
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from msam_optax import _checks
 from msam_optax import _masks
 
 
@@ -64,9 +64,8 @@ def _check_output(output, has_aux):
       ' `(loss, aux)`, give `has_aux=True`.'
     )
   value: Any = output[0] if has_aux else output
-  if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value):
+  if not _checks.is_scalar(value):
     raise TypeError(
-      'The loss that `loss_fn` returns must be a scalar, but it is a'
-      f' {jax.tree.map(jnp.shape, value)}.'
+      f'The loss that `loss_fn` returns must be a scalar, not {_checks.kind_of(value)}.'
     )
   return output

@@ -314,8 +314,14 @@ def directions_of_all(ascent: Ascent, mask: Any, grads: Any) -> Any:
 def check_metric(name: str, metric: Any) -> None:
   """Raises unless ``metric`` is a :class:`Metric` that can be called as one."""
   if not isinstance(metric, Metric):
+    hint = ''
+    if isinstance(metric, optax.GradientTransformation):
+      hint = ' That is a transformation: it belongs in a chain, before an optimizer.'
+    elif callable(metric):
+      hint = ' Call the function that makes it.'
     raise TypeError(
-      f'`{name}` must be a Metric, such as `monge()` or `euclidean()`, got {metric!r}.'
+      f'`{name}` must be a Metric, such as `monge()` or `euclidean()`, got'
+      f' {metric!r}.{hint}'
     )
   try:
     inspect.signature(metric.ascend).bind(

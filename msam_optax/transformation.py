@@ -147,7 +147,8 @@ def sharpness_aware(
       default each device has all of every leaf.
     perturbation_dtype: floating dtype in which ascent and probe are computed and
       ``grad_fn`` is called, by default that of the params. bfloat16 parameters
-      round small perturbations away: give ``jnp.float32`` and let the model cast.
+      round small perturbations away: give ``jnp.float32``, and let the model compute
+      in it. If it casts the probe back, the perturbation is lost all the same.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` whose updates have exactly the
@@ -422,7 +423,7 @@ def _check_gradients(grads, params, extra_args):
   what = 'The gradients given to `update` must be like the params'
   expected = _masks.leave_out(params, _masks.has_leaf(grads, params))
   _checks.check_like(
-    grads, expected, what=_checks.pair_hint(grads, params) + what, dtypes=False
+    grads, expected, what=_checks.gradient_hint(grads, params) + what, dtypes=False
   )
   _checks.check_first(grads, extra_args.get('grad'))
 

@@ -462,7 +462,7 @@ def test_what_is_wrong_is_named():
     ):
       update(None, state, w, value_and_grad_fn=with_aux)
     with pytest.raises(
-      ValueError, match=r"like the params, but has an extra leaf .*'b'"
+      ValueError, match=r"like the params, but there is an extra leaf .*'b'"
     ):
       update(None, state, w, value_and_grad_fn=lambda p: (0.0, {**p, 'b': p['w']}))
     with pytest.raises(ValueError, match='selects no leaf, or no leaf has a gradient'):

@@ -63,8 +63,27 @@ def test_hyperparameter_of_wrong_kind():
 def test_metric_without_parentheses():
   with pytest.raises(TypeError, match='`metric` must be a Metric, such as `monge'):
     msam_optax.sharpness_aware(msam_optax.monge, rho=0.1)
+  with pytest.raises(TypeError, match='Call the function that makes it'):
+    msam_optax.value_and_grad(quadratic, msam_optax.monge, rho=0.1)
+  with pytest.raises(TypeError, match='transformation: it belongs in a chain'):
+    msam_optax.value_and_grad(quadratic, msam(), rho=0.1)
   with pytest.raises(TypeError, match='`base` must be a Metric'):
     msam(base=msam_optax.adaptive)
+
+
+@pytest.mark.parametrize('params', [PARAMS, PARAMS['a']], ids=['tree', 'array'])
+def test_a_loss_for_a_gradient(params):
+  grads = jax.grad(quadratic)(params)
+  tx = msam()
+  with pytest.raises(ValueError, match=r'This seems to be the loss.*jax\.grad'):
+    tx.update(grads, tx.init(params), params, grad_fn=quadratic)
+  with pytest.raises(ValueError, match=r'This seems to be the loss.*jax\.grad'):
+    tx.update(quadratic(params), tx.init(params), params, grad_fn=jax.grad(quadratic))
+
+
+def test_a_name_for_a_mask():
+  with pytest.raises(TypeError, match=r"got 'a' at the root. Or give `by_name\('a'\)`"):
+    msam(mask='a').init(PARAMS)
 
 
 def test_sync_ascent_without_axis():
@@ -139,7 +158,7 @@ def test_value_not_scalar():
   ('change', 'error', 'message'),
   [
     (lambda g: {**g, 'd': g['a']}, ValueError, r"an extra leaf at \['d'\]"),
-    (lambda g: {'a': g['a']}, ValueError, r"has no leaf at \['b'\]\['c'\]"),
+    (lambda g: {'a': g['a']}, ValueError, r"is no leaf at \['b'\]\['c'\]"),
     (lambda g: {**g, 'a': g['a'].T}, ValueError, r"at \['a'\] its shape is \(3, 2\)"),
     (
       lambda g: {**g, 'b': {'c': g['b']['c'].astype(jnp.bfloat16)}},

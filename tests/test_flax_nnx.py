@@ -486,7 +486,11 @@ WRONG = {
   'forgotten has_aux': (lambda loss: (loss, 'aux'), False, 'give `has_aux=True`'),
   'no aux': (lambda loss: loss, True, r'must return `\(loss, aux\)`'),
   'three': (lambda loss: (loss, 1, 2), True, r'must return `\(loss, aux\)`'),
-  'an array': (lambda loss: loss[None], False, r'must be a scalar, but it is a \(1,\)'),
+  'an array': (
+    lambda loss: loss[None],
+    False,
+    r'must be a scalar, not an array, float32\[1\]',
+  ),
   'an array and aux': (lambda loss: (loss[None], 1), True, 'must be a scalar'),
   'a dict': (lambda loss: {'loss': loss}, False, 'must be a scalar'),
 }

@@ -553,7 +553,7 @@ def test_a_metric_without_room_for_extra_arguments_is_refused(make, ascend, mess
 @pytest.mark.parametrize(
   ('direction', 'message'),
   [
-    (lambda g: {'a': g['a']}, r"has no leaf at \['b'\]"),
+    (lambda g: {'a': g['a']}, r"is no leaf at \['b'\]"),
     (lambda g: g | {'c': g['a']}, r"an extra leaf at \['c'\]"),
     (lambda g: g | {'b': g['b'][:1]}, r"at \['b'\] its shape is \(1,\), not \(2,\)"),
     (lambda g: jnp.ones(3), 'an extra leaf at the root'),

@@ -5,7 +5,8 @@ seeds. All runs train side by side in one program.
 
 What to watch out for:
 
-* Make the optimizer inside the mapped function. `rho` and `alpha` may be traced values.
+* Make the optimizer inside the mapped function. `rho` and `alpha` may be traced values:
+  to sweep ρ/α as well, map over `alpha` in the same way.
 * Each run has its own gradient norm: `vmap` sums nothing over the mapped axes.
 * ρ = 0 is plain training, so the baseline is a point of the grid. It costs two
   gradients like the others.
