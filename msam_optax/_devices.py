@@ -110,32 +110,36 @@ def _groups(axes):
 def unless(
   usual: jax.Array,
   values: Sequence[jax.Array],
-  otherwise: Callable[[], Sequence[jax.Array]],
+  otherwise: Callable[[Any], Sequence[jax.Array]],
   reads: Any,
 ) -> list[jax.Array]:
-  """``otherwise()``, but on a CPU ``values`` where a condition says that they are that.
+  """``otherwise(reads)``, but on a CPU ``values`` where a condition says they are that.
 
-  A CPU takes each sum in a separate pass, and skips those of ``otherwise()`` then.
+  A CPU takes each sum in a separate pass, and skips those of ``otherwise`` then.
   An accelerator takes several in one pass. There a conditional would cost a GPU a wait
   for the host, and a TPU copies of all that it reads, in other layouts.
 
   Under ``vmap`` both are computed, and where shardings are a part of types
-  ``otherwise()`` is, since JAX cannot map conditionals over such arrays.
+  ``otherwise`` is, since JAX cannot map conditionals over such arrays.
 
   Args:
-    usual: bool scalar, whether ``values`` are what ``otherwise()`` returns.
+    usual: bool scalar, whether ``values`` are what ``otherwise`` returns.
     values: arrays.
     otherwise: returns others like them, and sends no messages: the condition may hold
       on some devices only.
-    reads: pytree of the arrays that it reads.
+    reads: pytree of the arrays that it reads, all of them.
 
   Returns:
     Arrays like ``values``, which vary along all axes that one of both varies along.
   """
   if not isinstance(usual, jax.core.Tracer):
     # Outside of compiled functions JAX would compile a conditional in every call.
-    return list(values if usual else otherwise())
-  others = jax.eval_shape(otherwise)
+    return list(values if usual else otherwise(reads))
+  # JAX's `vmap` of a conditional has all that its branches read vary as the condition
+  # does, and a branch that casts it would then cast it a second time, and raise.
+  settle = lambda x: as_varying(x, varying_axes(usual) - varying_axes(x))
+  values, reads = jax.tree.map(settle, (list(values), reads))
+  others = jax.eval_shape(otherwise, reads)
   axes = [
     varying_axes(usual) | varying_axes(x) | varying_axes(y)
     for x, y in zip(values, others, strict=True)
@@ -144,10 +148,12 @@ def unless(
     as_varying(x, a - varying_axes(x)) for x, a in zip(xs, axes, strict=True)
   ]
   if any(explicit_sharding(x) is not None for x in jax.tree.leaves(reads)):
-    return vary(otherwise())
+    return vary(otherwise(reads))
   return jax.lax.platform_dependent(
-    cpu=lambda: jax.lax.cond(usual, lambda: vary(values), lambda: vary(otherwise())),
-    default=lambda: vary(otherwise()),
+    cpu=lambda: jax.lax.cond(
+      usual, lambda: vary(values), lambda: vary(otherwise(reads))
+    ),
+    default=lambda: vary(otherwise(reads)),
   )
 
 

@@ -152,7 +152,7 @@ def unsound(
   else:
     nothing = [jnp.where(finite, 0.0, 1.0)] * len(seen)
     flags = _devices.unless(
-      finite, nothing, lambda: [spaces.has_non_finite(g) for g in seen], seen
+      finite, nothing, lambda seen: [spaces.has_non_finite(g) for g in seen], seen
     )
   rest = iter(flags)
   bad = [

@@ -258,19 +258,22 @@ def _length_of(make, axes, tree):
   leaves = make(tree)
   zero = jnp.zeros([], _numerics.wide_dtype(leaves))
 
-  shares = lambda sums: _devices.subtotals(sums, axes, zero)
+  shares = lambda sums, zero: _devices.subtotals(sums, axes, zero)
   finfo = jnp.finfo(zero.dtype)
   reach = 2.0 ** (3 * finfo.maxexp // 4)
   scales = 1 / reach, 1.0, reach
 
-  def scaled():
+  def scaled(tree):
     # Made again, because XLA would store what both branches need.
     sums = [_sums_of_squares(x, scales) for x in make(tree)]
+    zero = jnp.zeros([], finfo.dtype)  # Not the one outside, see `unless`.
     return [
-      x for i in range(len(scales)) for x in shares([of_leaf[i] for of_leaf in sums])
+      x
+      for i in range(len(scales))
+      for x in shares([of_leaf[i] for of_leaf in sums], zero)
     ]
 
-  plain = shares([sum_of_squares(x) for x in leaves])
+  plain = shares([sum_of_squares(x) for x in leaves], zero)
   square = _devices.across(plain, axes)
   size = sum(x.size * _devices.count(a) for x, a in zip(leaves, axes, strict=True))
   # All squares that are too small for a number are together less than its rounding.
@@ -279,7 +282,7 @@ def _length_of(make, axes, tree):
   largest = float(finfo.max) / 4
   # The same on all devices that have a part of the same leaf.
   usual = (square >= smallest) & (square <= largest)
-  parts = _devices.unless(usual, plain * len(scales), scaled, leaves)
+  parts = _devices.unless(usual, plain * len(scales), scaled, tree)
   count = len(plain)
   small, square, large = (
     _devices.across(parts[i * count : (i + 1) * count], axes)

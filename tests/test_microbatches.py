@@ -58,11 +58,19 @@ def test_one_shared_probe_equals_the_whole_batch(method, vectorize):
 @pytest.mark.slow
 @pytest.mark.cpu
 @both_syncs
+@both_ways
 @passes
 @pytest.mark.parametrize('check_vma', [False, True], ids=['unchecked', 'checked'])
-def test_micro_batches_on_each_of_several_devices(check_vma, once, sync):
+def test_micro_batches_on_each_of_several_devices(check_vma, once, vectorize, sync):
   """Four devices with two micro-batches each are eight parts."""
-  step = drop_in('msam', axis_name='i', shards=2, sync_ascent=sync, compile_once=once)
+  step = drop_in(
+    'msam',
+    axis_name='i',
+    shards=2,
+    vectorize_shards=vectorize,
+    sync_ascent=sync,
+    compile_once=once,
+  )
   got = mapped(step, check_vma)
   assert_close(got, expected('msam', parts=4, shards=2, synced=sync)[1])
 
