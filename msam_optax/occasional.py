@@ -94,7 +94,9 @@ def reused(
   _hyperparameters.check_number('alpha', alpha)
 
   def init(params):
-    return ReusedState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+    # With a dtype they are not weakly typed, as a parameter may be and no result is.
+    zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.result_type(w)), params)
+    return ReusedState(jnp.zeros([], jnp.int32), zeros)
 
   def combine(grads, state, space):
     g, *probes = space.mean(grads)
@@ -182,9 +184,10 @@ def when_steep(
   _hyperparameters.check_real('threshold', threshold)
 
   def init(params):
-    zero = jnp.zeros([], _numerics.wide_dtype(params))
+    # Two arrays, not twice one: a donated buffer may be given only once.
+    mean, variance = (jnp.zeros([], _numerics.wide_dtype(params)) for _ in range(2))
     count = jnp.zeros([], jnp.int32)
-    return SteepState(count, zero, zero, combination.init(params))
+    return SteepState(count, mean, variance, combination.init(params))
 
   def numbers(state):
     """``c`` and ``β`` in this step."""

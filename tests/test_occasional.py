@@ -157,3 +157,19 @@ def test_the_policy_keeps_the_contract():
   )
   w, g = {'a': jnp.array([1.0, 2.0])}, {'a': jnp.array([0.5, -0.3])}
   testing.assert_combination(combination, (g, {'a': jnp.array([0.7, 0.1])}), w)
+
+
+@pytest.mark.parametrize(
+  'combination',
+  [
+    msam_optax.reused(every=2),
+    msam_optax.when_steep(threshold=0.0, decay=0.9),
+    msam_optax.when_steep(msam_optax.surrogate_gap(), threshold=0.0, decay=0.9),
+  ],
+  ids=['reused', 'when_steep', 'when_steep over GSAM'],
+)
+def test_keeps_the_contract_of_a_method(combination):
+  """Its state may be donated, and stays as it is for weakly typed parameters."""
+  tx = msam_optax.sharpness_aware(msam_optax.monge(), 0.1, combination)
+  params = {'w': jnp.array([0.3, 0.4]), 'b': jnp.array(1.2)}
+  testing.assert_method(tx, params, lambda p: jnp.sum(p['w'] ** 4) + p['b'] ** 2)
