@@ -113,7 +113,8 @@ def low_rank_monge(
 
   def init(params):
     _outer_products.check_fixed(base, params, 'low_rank_monge')
-    stack = lambda w: jnp.stack([jnp.zeros_like(w)] * rank)
+    # With a dtype they are not weakly typed, as a parameter may be and no gradient is.
+    stack = lambda w: jnp.stack([jnp.zeros_like(w, jnp.result_type(w))] * rank)
     return LowRankState(jnp.zeros([], jnp.int32), jax.tree.map(stack, params))
 
   def ascend(grads, state, params, *, space=spaces.LOCAL, **extra_args):

@@ -551,3 +551,12 @@ def test_a_checkpoint_is_of_arrays():
   tx = sharpness_aware(low_rank_monge(3), 0.1)
   mapped = optax.tree.map_params(tx, lambda x: x, tx.init(TREE))
   chex.assert_trees_all_equal(mapped, tx.init(TREE))
+
+
+def test_the_memory_of_weakly_typed_parameters_is_strongly_typed():
+  params = {'w': jnp.array([0.3, 0.4]), 'b': jnp.array(1.2)}
+  tx = sharpness_aware(low_rank_monge(2), 0.1)
+  state = tx.init(params)
+  _, new = tx.update(params, state, params, grad_fn=lambda params: params)
+  types = [[jax.typeof(x) for x in jax.tree.leaves(s)] for s in (state, new)]
+  assert types[0] == types[1]
