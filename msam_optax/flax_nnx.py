@@ -131,7 +131,9 @@ def grad_fn(
 
   Make it *before* the clean pass: it takes a copy of the model as it is, random
   counters and all, so that both passes drop out the same units, and leaves the
-  model untouched.
+  model untouched. Where the forward pass overwrites trained weights, as
+  ``nnx.SpectralNorm`` and ``nnx.WeightNorm`` do, use :func:`value_and_grad` instead:
+  ``nnx.Optimizer`` would perturb the weights that the clean pass has left.
 
   Args:
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
