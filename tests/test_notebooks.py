@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import jax
 import jupytext
 import nbclient
 import pytest
@@ -35,6 +36,8 @@ def test_notebook_is_short_and_has_outputs(path):
 @pytest.mark.filterwarnings('ignore:::zmq', 'ignore:::jupyter_client')
 @pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
+  if path.stem == 'distributed' and not hasattr(jax.lax, 'pcast'):
+    pytest.skip('it uses `jax.lax.pcast`, which newer versions have')
   notebook = jupytext.read(path.with_suffix('.py'))
   env = {**os.environ}
   if path.stem == LONG:
