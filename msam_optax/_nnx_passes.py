@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from msam_optax import _forwarding
 from msam_optax import _masks
@@ -104,6 +105,7 @@ def of_params(start: _nnx_arguments.Start) -> Callable[[Any], tuple[jax.Array, A
 
   def value_and_grad_fn(params):
     probe = _nnx_arguments.by_path(params, start.argnums)
+    _check_not_overwritten(probe, start)
     value, grads = _differentiated(start)(*_nnx_arguments.merge(start, probe))
     grads = _nnx_arguments.by_path(grads, start.argnums)
     if missing := [path for path in probe if path not in grads]:
@@ -118,6 +120,37 @@ def of_params(start: _nnx_arguments.Start) -> Callable[[Any], tuple[jax.Array, A
     return value[0] if start.has_aux else value, grads
 
   return value_and_grad_fn
+
+
+def _check_not_overwritten(paths, start):
+  """Raises if the clean pass has overwritten weights, at which its gradient is.
+
+  The arrays alone do not tell: what a pass hands back, as `nnx.scan` does, is another
+  array as well. So it goes by the layers that are known to overwrite.
+  """
+  layers = tuple(
+    getattr(nnx, name) for name in ('SpectralNorm', 'WeightNorm') if hasattr(nnx, name)
+  )
+  found = [type(x) for _, x in nnx.iter_graph(start.inputs) if isinstance(x, layers)]
+  if not found:
+    return
+  now = _flat(start.inputs)
+  for path in now.keys() & paths.keys():
+    before, after = (jax.tree.leaves(x[path]) for x in (start.state, now))
+    if not all(map(_is_same, before, after)):
+      raise ValueError(
+        f'The forward pass has overwritten the weights at {_nnx_arguments.names(path)}'
+        f' (nnx.{found[0].__name__}), and `update` would perturb those, while the first'
+        ' gradient is at the weights before. Take the gradient with'
+        ' `flax_nnx.value_and_grad(loss_fn, metric, rho)`, and leave the method out of'
+        ' the chain.'
+      )
+
+
+def _is_same(x, y):
+  # An array of NumPy is copied at the start, since it may change in place.
+  numpy = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
+  return x is y or (numpy and np.array_equal(x, y))
 
 
 def _differentiated(start):

@@ -133,7 +133,8 @@ def grad_fn(
   counters and all, so that both passes drop out the same units, and leaves the
   model untouched. Where the forward pass overwrites trained weights, as
   ``nnx.SpectralNorm`` and ``nnx.WeightNorm`` do, use :func:`value_and_grad` instead:
-  ``nnx.Optimizer`` would perturb the weights that the clean pass has left.
+  ``nnx.Optimizer`` would perturb the weights that the clean pass has left. For these
+  two layers it raises; a layer of your own that does this is not noticed.
 
   Args:
     loss_fn: ``loss_fn(model, *args)``, returns a scalar, or ``(scalar, aux)``.
@@ -151,7 +152,8 @@ def grad_fn(
     TypeError: if ``argnums`` is no position, or, when the function is called, what
       ``loss_fn`` returns is not what ``has_aux`` says.
     ValueError: if ``argnums`` names no model, or, when the function is called, the
-      gradients are not of the variables that it gets.
+      gradients are not of the variables that it gets, or the clean pass of
+      ``nnx.SpectralNorm`` or ``nnx.WeightNorm`` has overwritten weights.
 
   Examples:
     >>> from flax import nnx

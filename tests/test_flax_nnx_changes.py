@@ -10,8 +10,10 @@ import jax
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import msam_optax
 from msam_optax import _forwarding
 from msam_optax import combinations
 from msam_optax import flax_nnx
@@ -100,6 +102,40 @@ if hasattr(nnx, 'SpectralNorm'):
     mean_square,
     0,
   )
+
+
+LAYERS = [name for name in ('SpectralNorm', 'WeightNorm') if hasattr(nnx, name)]
+
+
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'jit'])
+@pytest.mark.parametrize('trained', ['all', 'biases'])
+@pytest.mark.parametrize('layer', LAYERS)
+def test_overwritten_weights_are_refused_in_a_chain(layer, trained, compiled):
+  """The update would be silently another than that of the drop-in."""
+  wrap = getattr(nnx, layer)
+  model = nnx.Sequential(
+    wrap(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)),
+    nnx.Linear(3, 1, rngs=nnx.Rngs(2)),
+  )
+  wrt = (
+    nnx.All(nnx.Param, nnx.PathContains('bias')) if trained == 'biases' else nnx.Param
+  )
+  optimizer = nnx.Optimizer(
+    model, optax.chain(msam_optax.sam(0.1), optax.sgd(0.1)), wrt=wrt
+  )
+  argnums = nnx.DiffState(0, wrt)
+
+  def step(model, optimizer):
+    f = flax_nnx.grad_fn(mean_square, model, argnums=argnums)
+    grads = nnx.grad(mean_square, argnums=argnums)(model)
+    optimizer.update(model, grads, grad_fn=f)
+
+  step = nnx.jit(step) if compiled else step
+  if trained == 'biases':
+    step(model, optimizer)
+    return
+  with pytest.raises(ValueError, match=rf'\(nnx.{layer}\).*flax_nnx.value_and_grad'):
+    step(model, optimizer)
 
 
 def arrays(held):
