@@ -152,7 +152,7 @@ def test_a_leaf_without_a_gradient_is_not_moved():
 @pytest.mark.parametrize(
   ('clean', 'at_probe', 'message'),
   [
-    ('ab', 'a', r"What `grad_fn` returns .* has no leaf at \['b'\]"),
+    ('ab', 'a', r"What `grad_fn` returns .* is no leaf at \['b'\]"),
     ('a', 'ab', r"What `grad_fn` returns .* an extra leaf at \['b'\]"),
     ('', '', 'no leaf has a gradient'),
   ],
