@@ -3,10 +3,14 @@
 import inspect
 import pathlib
 import re
+import typing
 
+import optax
 import pytest
 
 import msam_optax
+from msam_optax import Combination
+from msam_optax import Metric
 from tests.methods import public_methods
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -94,6 +98,15 @@ def test_every_public_name_is_in_the_reference():
   reference = (ROOT / 'docs' / 'api.md').read_text()
   for name in msam_optax.__all__:
     assert re.search(rf'^\.\. [\w:]+:: {name}(\(|$)', reference, re.M), name
+
+
+def test_every_metric_combination_and_method_has_its_formula():
+  page = (ROOT / 'docs' / 'methods.md').read_text()
+  kinds = Metric, Combination, optax.GradientTransformationExtraArgs
+  for name in msam_optax.__all__:
+    made = typing.get_type_hints(getattr(msam_optax, name)).get('return')
+    if made in kinds:
+      assert f'`{name}(' in page, name
 
 
 def test_signatures_in_the_reference_are_those_of_the_methods():
