@@ -98,7 +98,8 @@ def kind_of(x: Any) -> str:
 
 def is_scalar(x: Any) -> bool:
   """Whether it is one number, or an array of no dimensions."""
-  return dtype_of(x) is not None and not jnp.shape(x)
+  is_leaf = jax.tree.structure(x) == jax.tree.structure(0)
+  return is_leaf and dtype_of(x) is not None and not jnp.shape(x)
 
 
 def check_dtype(name: str, dtype: Any) -> None:

@@ -162,6 +162,8 @@ def on_both(request, monkeypatch):
   if request.param == 'as here':
     yield
     return
+  if jax.__version_info__ < (0, 8):
+    pytest.skip('JAX 0.7.0 ends some processes in `clear_caches`')
   jax.clear_caches()
   with monkeypatch.context() as patch:
     choose = lambda *args, default, **on_platforms: default(*args)
