@@ -20,6 +20,11 @@ def largest_magnitude(x: jax.Array) -> jax.Array:
   return jnp.where(finite, largest, zero_if(finite, x.dtype, otherwise=INFINITY))
 
 
+def zeros_like(tree: Any) -> Any:
+  """Zeros for a state, not weakly typed, as a parameter may be and no gradient is."""
+  return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.result_type(x)), tree)
+
+
 def is_infinite(x: jax.Array) -> jax.Array:
   """``jnp.isinf`` without the infinity that it compares with, see :func:`zero_if`."""
   return ~jnp.isfinite(x) & (x == x)

@@ -113,9 +113,9 @@ def low_rank_monge(
 
   def init(params):
     _outer_products.check_fixed(base, params, 'low_rank_monge')
-    # With a dtype they are not weakly typed, as a parameter may be and no gradient is.
-    stack = lambda w: jnp.stack([jnp.zeros_like(w, jnp.result_type(w))] * rank)
-    return LowRankState(jnp.zeros([], jnp.int32), jax.tree.map(stack, params))
+    stack = lambda zero: jnp.stack([zero] * rank)
+    zeros = _numerics.zeros_like(params)
+    return LowRankState(jnp.zeros([], jnp.int32), jax.tree.map(stack, zeros))
 
   def ascend(grads, state, params, *, space=spaces.LOCAL, **extra_args):
     if extra_args.get('gradients') is not None:

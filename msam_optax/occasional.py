@@ -94,9 +94,7 @@ def reused(
   _hyperparameters.check_number('alpha', alpha)
 
   def init(params):
-    # With a dtype they are not weakly typed, as a parameter may be and no result is.
-    zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.result_type(w)), params)
-    return ReusedState(jnp.zeros([], jnp.int32), zeros)
+    return ReusedState(jnp.zeros([], jnp.int32), _numerics.zeros_like(params))
 
   def combine(grads, state, space):
     g, *probes = space.mean(grads)

@@ -157,7 +157,7 @@ def lagged(
     moved = _restricted(w, mask)
     return LaggedState(
       count=jnp.zeros([], jnp.int32),
-      perturbation=optax.tree.zeros_like(moved) if clean is None else None,
+      perturbation=_numerics.zeros_like(moved) if clean is None else None,
       clean=clean,
       metric_state=metric.init(moved),
       base_state=base.init(w),

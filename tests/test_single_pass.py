@@ -202,6 +202,16 @@ def test_masked_leaves_neither_move_nor_count(x64, method):
     assert [x.shape for x in jax.tree.leaves(state.perturbation)] == [(3,)]
 
 
+def test_a_state_is_strongly_typed_also_for_weakly_typed_parameters():
+  params = {'w': jnp.array([0.3, 0.4]), 'b': jnp.array(1.2)}
+  for make in (momentum_sam, lagged):
+    tx = make(optax.sgd(0.1, momentum=0.9), rho=0.1)
+    state = tx.init(params)
+    _, new = tx.update(jax.tree.map(jnp.asarray, params), state, params)
+    ours = lambda s: jax.tree.leaves(s._replace(base_state=None))
+    assert [jax.typeof(x) for x in ours(new)] == [jax.typeof(x) for x in ours(state)]
+
+
 def test_lagged_metric_sees_the_new_clean_parameters(x64):
   tx = lagged(optax.sgd(RATE, momentum=DECAY), adaptive(0.01, weights=True), 0.5)
   probe, state = run(tx, W, quadratic_of_tree, 5)

@@ -60,8 +60,7 @@ def own_ascent(objective, mesh, **options):
   )
 
   def inner(params, batch):
-    params = jax.lax.pcast(params, axis, to='varying')
-    value, grads = value_and_grad_fn(params, batch)
+    value, grads = value_and_grad_fn(_varying(params, axis), batch)
     return jax.lax.pmean(value, axis), grads
 
   mapped = jax.shard_map(
@@ -206,3 +205,9 @@ def _sharding(mesh, x, spread=True):
 
 def _place(x, sharding):
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _varying(tree, axis):
+  if hasattr(jax.lax, 'pcast'):
+    return jax.lax.pcast(tree, axis, to='varying')
+  return jax.lax.pvary(tree, axis)  # pyright: ignore

@@ -7,7 +7,6 @@ layer, so that it is compiled in seconds; `benchmarks.tpu_compile` has a large o
 import functools
 import importlib.util
 
-import jax
 import pytest
 
 from benchmarks.common.steps import DROP_IN
@@ -36,9 +35,6 @@ from benchmarks.tpu_compile.steps import SHARED_SHARDS
 from benchmarks.tpu_compile.steps import SHARED_SHARDS_ONCE
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
-needs_pcast = pytest.mark.skipif(
-  not hasattr(jax.lax, 'pcast'), reason='newer versions of JAX have `jax.lax.pcast`'
-)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +94,6 @@ def test_fully_sharded_with_one_gradient_is_a_plain_step(method):
   assert 0 < extra <= 5
 
 
-@needs_pcast
 def test_data_parallel_gradients_are_summed_once_or_twice():
   """On its own each chip goes uphill without a word; together they sum twice."""
   adam, own, synced = (
@@ -111,7 +106,6 @@ def test_data_parallel_gradients_are_summed_once_or_twice():
   assert set(messages) <= {'all-reduce', 'reduce-scatter', 'scalar'}
 
 
-@needs_pcast
 def test_micro_batches_are_added_up_on_each_chip_before_the_sum_over_chips():
   """One sum for each pass, and one more for each ascent that all chips share.
 
@@ -137,7 +131,6 @@ def test_micro_batches_are_added_up_on_each_chip_before_the_sum_over_chips():
     )
 
 
-@needs_pcast
 def test_groups_that_go_uphill_alone_send_each_other_no_more_than_plain_training():
   """Only the gradient at the probe crosses, each chip's part of it."""
   adam, own = (weigh('v5e:4x4', GROUPED, m, TINY) for m in ('adam', OWN_ONCE))

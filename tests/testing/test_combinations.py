@@ -99,6 +99,18 @@ def momentum():
   return Combination(like_params, combine)
 
 
+def momentum_normalized():
+  """Adds the direction of its running mean, which after a NaN is zero for ever."""
+
+  def combine(grads, state, space):
+    g = space.mean(grads[1])
+    mean = moving_mean(state, g)
+    unit, _ = space.normalize(mean)
+    return jax.tree.map(lambda g, u: g + u.astype(g.dtype), g, unit), mean
+
+  return Combination(like_params, combine)
+
+
 def unsure():
   calls = []
 
@@ -201,6 +213,10 @@ BROKEN_COMBINATIONS = {
     r'(?s)The state keeps its structure.*it is float32\[\], not int32\[\]',
   ),
   'a state that NaN spoils': (momentum(), 'What is not finite does not stay'),
+  'a state that NaN spoils, unseen': (
+    momentum_normalized(),
+    'What is not finite does not stay',
+  ),
   'not pure': (unsure(), 'A combination is pure'),
   'another update under jit': (
     other_when_traced(lambda count: 2.0),

@@ -98,6 +98,12 @@ def keeps_nan(result, state, extra_args):
   return updates, new_state._replace(slope=slope + worst)
 
 
+def keeps_nan_unseen(result, state, extra_args):
+  updates, new_state = result
+  worst = 0 * sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(updates))
+  return updates, new_state._replace(rise=0 * state.rise + worst)
+
+
 def reads_both(result, state, extra_args):
   return result[0], result[1]._replace(rise=state.slope - state.radius)
 
@@ -241,6 +247,10 @@ BROKEN_METHODS = {
     '(?s)`finite` in the state says whether the update is.*it is True',
   ),
   'a state that NaN spoils': (changed(update=keeps_nan), 'does not stay in the state'),
+  'a state that NaN spoils, unseen': (
+    changed(update=keeps_nan_unseen),
+    'does not stay in the state',
+  ),
 }
 
 
