@@ -138,6 +138,11 @@ def messages(
   """How many messages per step of each kind, and scalar ones, and their bytes."""
   found: dict[str, dict[str, int]] = {}
   size = mesh.shape[steps.AXIS]
+  if size < mesh.size and not all(message.groups for message in collectives):
+    raise ValueError(
+      'The program does not say between which chips a message is sent: this jaxlib is'
+      ' too old to read what this libtpu compiles. Use a newer JAX.'
+    )
   for message in collectives:
     kinds = ['scalar' if message.bytes < SMALL else message.kind]
     if any(len({device // size for device in group}) > 1 for group in message.groups):

@@ -7,6 +7,7 @@ layer, so that it is compiled in seconds; `benchmarks.tpu_compile` has a large o
 import functools
 import importlib.util
 
+import jax
 import pytest
 
 from benchmarks.common.steps import DROP_IN
@@ -131,6 +132,10 @@ def test_micro_batches_are_added_up_on_each_chip_before_the_sum_over_chips():
     )
 
 
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 8),
+  reason='jaxlib 0.7.0 cannot read the groups of chips in programs of a newer libtpu',
+)
 def test_groups_that_go_uphill_alone_send_each_other_no_more_than_plain_training():
   """Only the gradient at the probe crosses, each chip's part of it."""
   adam, own = (weigh('v5e:4x4', GROUPED, m, TINY) for m in ('adam', OWN_ONCE))
